@@ -1,0 +1,78 @@
+# `make` alone says what there is. Every target builds the environment it needs in $(VENV) by itself; it is built again
+# only when setup.cfg, pyproject.toml or the constraints have changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= tests/constraints.txt
+# Options for the one `pip install torch`, where pip's own settings do not name a place that has CPU builds:
+#   make test TORCH_OPTIONS="--index-url ADDRESS"      (addresses: PyTorch's page "Get started")
+TORCH_OPTIONS ?=
+# Options for pytest: make test PYTEST_OPTIONS="-k windows"
+PYTEST_OPTIONS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PACKAGE := $(VENV)/.package
+TOOLS := $(VENV)/.tools
+METADATA := setup.cfg pyproject.toml $(CONSTRAINTS)
+
+BUNDLE := bundles/ms_lesion_segmentation
+RUN_BUNDLE := cd $(BUNDLE) && $(BIN)/python -m monai.bundle run --config_file
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest check unittest format docs benchmark clean
+
+help:  ## say what there is
+	@echo "Targets (each installs what it needs into $(VENV) by itself):"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
+	$(RUN_BUNDLE) "['configs/train.yaml','configs/explain_train.yaml']"
+	$(RUN_BUNDLE) "['configs/inference.yaml','configs/explain.yaml']"
+	@echo
+	@echo "Done. What the network came to look at, epoch by epoch, and the maps of the cases it never saw:"
+	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)/eval"
+	@echo "The same maps in each scan's own space, for any NIfTI viewer:"
+	@find $(BUNDLE)/eval -name '*attribution*.nii.gz' | sort | sed 's/^/  /'
+
+test: check unittest  ## everything that .ci/run runs: style, types, tests, doctests, documents
+
+check: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unittest: $(TOOLS)
+	$(BIN)/pytest --numprocesses 2 $(PYTEST_OPTIONS)
+
+test-oldest:  ## the tests with the lower bounds of setup.cfg, in an environment of its own
+	$(MAKE) unittest VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt \
+	    PYTEST_OPTIONS="-W default $(PYTEST_OPTIONS)"    # old releases use what new ones deprecate
+
+format: $(TOOLS)  ## bring the code into the form that `make test` asks for
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+docs: $(TOOLS)  ## build the documentation
+	$(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+benchmark: $(PACKAGE)  ## measure time and memory against plain autograd (half an hour, needs 24 GiB)
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove the environments and everything that was built
+	rm -rf .venv .venv-oldest build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache
+
+$(PACKAGE): $(METADATA)
+	@$(PYTHON) -c 'import sys; (3, 10) <= sys.version_info < (3, 13) or sys.exit( \
+	    f"monai_xai needs Python 3.10 to 3.12, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	@echo "Installing monai_xai into $(VENV) (takes a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint $(CONSTRAINTS) $(TORCH_OPTIONS) torch
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(TOOLS): $(PACKAGE)
+	@echo "Installing the tools for tests and documents into $(VENV)"
+	@$(PIP) install --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,18 @@
+"""What the configs of this bundle call by name."""
+
+from __future__ import annotations
+
+from .cases import held_out_cases, is_phantom, training_cases
+from .phantom import Phantom, make_case, write_phantom
+from .transforms import LoadCased, NormalizeForegroundd
+
+__all__ = [
+    "LoadCased",
+    "NormalizeForegroundd",
+    "Phantom",
+    "held_out_cases",
+    "is_phantom",
+    "make_case",
+    "training_cases",
+    "write_phantom",
+]

@@ -1,0 +1,38 @@
+"""monai_xai: explanations inside MONAI's training and inference loops."""
+
+from monai_xai.attributors import (
+    Attribution,
+    Attributor,
+    DeepLift,
+    FeatureAblation,
+    GradCam,
+    GradCamPlusPlus,
+    GradientShap,
+    GuidedBackprop,
+    HiResCam,
+    InputXGradient,
+    IntegratedGradients,
+    NoiseTunnel,
+    Occlusion,
+    Saliency,
+)
+from monai_xai.baselines import Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
+from monai_xai.errors import (
+    AttributionError,
+    EmptyRegionError,
+    InputError,
+    UnsupportedInfererError,
+    UnsupportedNetworkError,
+    XaiError,
+)
+from monai_xai.explainer import CompletenessWarning, Explainer
+from monai_xai.explanation import Explanation
+from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
+from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedBatch, WorstCases
+from monai_xai.inferers import AttributionInferer
+from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
+from monai_xai.targets import ClassScore, FunctionTarget, MarginScore, OutputScore, RegionScore, Target
+from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
+from monai_xai.windows import StitchedNetwork
+
+__version__ = "0.1.0"

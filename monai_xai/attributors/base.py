@@ -1,0 +1,108 @@
+"""What an attributor is: a frozen dataclass per method, its options as fields, one method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from monai_xai.baselines import BaselineLike, as_baseline, draw_baselines
+from monai_xai.errors import UnsupportedInfererError
+from monai_xai.forward import Scoring, Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """What an attributor returns.
+
+    Args:
+        maps: attributions by input name.
+        score: the score at the inputs, shape (N,).
+        baseline_score: the score at the baseline, shape (N,), if the method has one.
+        facts: numbers worth keeping.
+    """
+
+    maps: Mapping[str, Tensor]
+    score: Tensor
+    baseline_score: Tensor | None = None
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attributor(ABC):
+    """A method that attributes a score to the inputs.
+
+    Facts, declared on the class, from which the method table is generated:
+
+    - ``complete``: the maps sum to score minus baseline score; the gap is always reported as ``delta``.
+    - ``summable``: values are contributions in units of the score and may be added up over voxels.
+    - ``linear``: the map of a sum of scores is the sum of the maps.
+    - ``needs_layer``: looks at one layer, the field ``layer``.
+    - ``stochastic``: draws random numbers, from the field ``seed``.
+    - ``by_hooks``: needs each module to be called once for a score, so that sliding windows need a linear target.
+    - ``cause_of_gap``: what to do about a large delta.
+    """
+
+    complete: ClassVar[bool] = False
+    summable: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+    needs_layer: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+    by_hooks: ClassVar[bool] = False
+    cause_of_gap: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return type(self).__name__
+
+    @abstractmethod
+    def attribute(self, scoring: Scoring) -> Attribution:
+        """Attribute a score to its inputs."""
+
+
+class BaselineAttributor(Attributor):
+    """A method with a field ``baseline``, which is coerced: a number or tensor means ``Constant``."""
+
+    baseline: BaselineLike
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "baseline", as_baseline(self.baseline))
+
+    def draws(self, scoring: Scoring) -> list[Tensors]:
+        """Return the baselines, one tuple in call order for each draw."""
+        return draw_baselines(as_baseline(self.baseline), scoring.inputs)
+
+
+def refuse_repeated_calls(attributor: Attributor, scoring: Scoring) -> None:
+    """Refuse a method by hooks where the network is called several times for one score.
+
+    Raises:
+        UnsupportedInfererError: saying which targets and inferers it works with.
+    """
+    if scoring.repeats_calls:
+        raise UnsupportedInfererError(
+            f"{attributor.name} needs each module to be called once, but this inferer calls the network several times "
+            "for one score. Use a SlidingWindowInferer with a target linear in the output (RegionScore, or MarginScore "
+            "with a region), explain without an inferer, or use IntegratedGradients()."
+        )
+
+
+def average(parts: Sequence[Attribution]) -> Attribution:
+    """Return the mean over several baselines; facts that are numbers are averaged too."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def mean(tensors: Sequence[Tensor]) -> Tensor:
+        return sum(tensors[1:], tensors[0]) / len(tensors)
+
+    first, baselines = parts[0], [part.baseline_score for part in parts if part.baseline_score is not None]
+    return replace(
+        first,
+        maps={name: mean([part.maps[name] for part in parts]) for name in first.maps},
+        baseline_score=mean(baselines) if baselines else None,
+        facts={**first.facts, "baselines": len(parts)},
+    )

@@ -1,0 +1,154 @@
+"""Class activation maps: Grad-CAM, Grad-CAM++ and HiResCAM of one layer.
+
+For a target over a region they are Seg-Grad-CAM (Vinogradova et al. 2020). Through sliding windows a map is defined
+per window, for the window's own part of the score, and blended as predictions are: ``sum_w a_w CAM_w / A``. The blended
+map is not the map of an imagined network on the whole volume; that does not exist.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
+from monai_xai.errors import InputError, UnsupportedNetworkError
+from monai_xai.forward import Scoring, Tensors, Term
+from monai_xai.networks import choose_layer, find_layer
+
+
+@dataclass(frozen=True)
+class ClassActivationAttributor(Attributor):
+    """A map from the activations of one layer and the gradient of the score there.
+
+    Args:
+        layer: dotted name of the layer in the network; None takes the last convolution at the coarsest resolution
+            (the bottleneck of a U-shaped network).
+
+    The map has one channel on the grid of the first image among the inputs, is never negative, and has no unit.
+    """
+
+    layer: str | None = None
+
+    linear: ClassVar[bool] = False
+    needs_layer: ClassVar[bool] = True
+    by_hooks: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        refuse_repeated_calls(self, scoring)
+        name, image = next(((name, x) for name, x in scoring.inputs.items() if x.ndim > 2), ("", None))
+        if image is None:
+            raise InputError(f"{self.name} needs an image among the inputs {list(scoring.inputs)}.")
+        layer = self.layer or self._choose(scoring)
+        scores: list[Tensor] = []
+        total = torch.zeros_like(scoring.padding.pad(image[:, :1]))
+        for term, (inputs,) in scoring.parts(self.name, scoring.values):
+            score, cam = self._term_map(term, inputs, layer)
+            scores.append(score)
+            term.add([total], [cam * term.blending()])
+        return Attribution({name: scoring.padding.crop(total)}, scoring.sum_scores(scores), facts={"layer": layer})
+
+    def _choose(self, scoring: Scoring) -> str:
+        term, (inputs,) = next(scoring.parts(self.name, scoring.values))
+        return choose_layer(_network(term), inputs)
+
+    def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
+        """Return the score of one term and its map, shape (n, 1, *part)."""
+        score, activation, gradient = activation_and_gradient(term, inputs, layer)
+        if activation.ndim < 3:
+            raise UnsupportedNetworkError(
+                f"{self.name} needs a layer with spatial activations, {layer!r} gives {tuple(activation.shape)}."
+            )
+        cam = self.combine(activation, gradient).relu()
+        image = next(x for x in inputs if x.ndim > 2)
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[image.ndim - 2]
+        return score, LayerAttribution.interpolate(cam, tuple(image.shape[2:]), interpolate_mode=mode)
+
+    @abstractmethod
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Return the map on the layer's grid, shape (n, 1, *grid), from tensors of shape (n, K, *grid)."""
+
+
+@dataclass(frozen=True)
+class GradCam(ClassActivationAttributor):
+    """Activations weighted by the spatial mean of their gradient.
+
+    Reference: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
+    ICCV 2017, equations 1 and 2 (arXiv:1610.02391); for regions: Vinogradova et al., AAAI 2020 (arXiv:2002.11434).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        weights = gradient.mean(_grid_axes(gradient), keepdim=True)
+        return (weights * activation).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class GradCamPlusPlus(ClassActivationAttributor):
+    """Activations weighted by their positive gradients, each in proportion to its share in the score.
+
+    Reference: Chattopadhay et al., "Grad-CAM++: Generalized Gradient-Based Visual Explanations for Deep Convolutional
+    Networks", WACV 2018, equations 5, 11 and 19 with the exponential of the score as class score (arXiv:1710.11063).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        axes = _grid_axes(gradient)
+        denominator = 2 * gradient.square() + activation.sum(axes, keepdim=True) * gradient**3
+        alpha = torch.where(denominator != 0, gradient.square() / denominator, 0)
+        weights = (alpha * gradient.relu()).sum(axes, keepdim=True)
+        return (weights * activation).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class HiResCam(ClassActivationAttributor):
+    """Activations times their gradients, voxel by voxel: does not blur what the gradient says by its mean.
+
+    Reference: Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
+    networks", 2020 (arXiv:2011.08891).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        return (activation * gradient).sum(1, keepdim=True)
+
+
+def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the score of a term, the activation of a layer in it, and the gradient of the score there.
+
+    Raises:
+        UnsupportedNetworkError: if the layer is not called once with one tensor, or the score does not depend on it.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor) or outputs:
+            raise UnsupportedNetworkError(
+                f"The layer {layer!r} must give one tensor and be called once; choose another by layer='...'."
+            )
+        outputs.append(output if output.requires_grad else output.requires_grad_())
+        return outputs[0].clone()
+
+    handle = find_layer(_network(term), layer).register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            score = term.function(*inputs, *term.selection())
+    finally:
+        handle.remove()
+    if not outputs or not score.requires_grad:
+        raise UnsupportedNetworkError(f"The score does not depend on the layer {layer!r}; choose another.")
+    (gradient,) = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
+    activation = outputs[0].detach()
+    return score.detach(), activation, torch.zeros_like(activation) if gradient is None else gradient
+
+
+def _network(term: Term) -> nn.Module:
+    """Return the user's network inside a term's function."""
+    network = term.function.network
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _grid_axes(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))

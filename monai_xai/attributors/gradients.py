@@ -1,0 +1,174 @@
+"""Methods around one gradient, and the averaging of any method over noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor
+from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.errors import InputError
+from monai_xai.forward import Scoring, Tensors
+
+
+@dataclass(frozen=True)
+class Saliency(Attributor):
+    """The gradient of the score with respect to the input.
+
+    Args:
+        absolute: whether to return its absolute value, as the paper and Captum do; by default the sign is kept.
+
+    Reference: Simonyan et al., "Deep Inside Convolutional Networks: Visualising Image Classification Models and
+    Saliency Maps", ICLR workshop 2014 (arXiv:1312.6034).
+    """
+
+    absolute: bool = False
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        score, gradients = scoring.gradient()
+        maps = zip(scoring.inputs, gradients, strict=True)
+        return Attribution({name: g.abs() if self.absolute else g for name, g in maps}, score)
+
+
+@dataclass(frozen=True)
+class InputXGradient(Attributor):
+    """The input times the gradient: a contribution to the score as far as the network is linear.
+
+    Reference: Shrikumar et al., "Not Just a Black Box: Learning Important Features Through Propagating Activation
+    Differences", 2016 (arXiv:1605.01713).
+    """
+
+    summable: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        score, gradients = scoring.gradient()
+        maps = zip(scoring.inputs.items(), gradients, strict=True)
+        return Attribution({name: x * g for (name, x), g in maps}, score)
+
+
+@dataclass(frozen=True)
+class GradientShap(BaselineAttributor):
+    """Gradients at random points between baselines and the input, times the difference: a sampled expectation.
+
+    Args:
+        n_samples: how many points.
+        baseline: what the input is held against; each point draws one of several (``Samples``).
+        seed: seed of points, draws and noise.
+        stdev_spread: noise on the input, as a share of each channel's range.
+
+    The points are stratified (one in each of ``n_samples`` equal parts of the way), which keeps the expectation and
+    lowers the variance. ``delta`` holds what the sampling left open.
+
+    Reference: Lundberg & Lee, "A Unified Approach to Interpreting Model Predictions", NeurIPS 2017
+    (arXiv:1705.07874); Erion et al. 2021 (doi:10.1038/s42256-021-00343-w), equation 4.
+    """
+
+    n_samples: int = 16
+    baseline: BaselineLike = field(default_factory=Blur)
+    seed: int = 0
+    stdev_spread: float = 0.0
+
+    complete: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
+    cause_of_gap: ClassVar[str] = "raise n_samples"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_samples(self, self.n_samples)
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = self.draws(scoring)
+        chosen = torch.randint(len(draws), (self.n_samples,), generator=generator).tolist()
+        strata = torch.randperm(self.n_samples, generator=generator).tolist()
+        totals = [torch.zeros_like(x) for x in scoring.values]
+        for number in scoring.track(range(self.n_samples), self.name):
+            baseline = draws[chosen[number]]
+            inputs = noisy(scoring, self.stdev_spread, generator)
+            alpha = (strata[number] + float(torch.rand((), generator=generator))) / self.n_samples
+            points = [b + alpha * (x - b) for x, b in zip(inputs, baseline, strict=True)]
+            _, gradients = scoring.gradient(points)
+            for total, x, b, g in zip(totals, inputs, baseline, gradients, strict=True):
+                total += (x - b) * g / self.n_samples
+        used = [(index, chosen.count(index) / self.n_samples) for index in sorted(set(chosen))]
+        baseline_score = sum((share * scoring.score(draws[index]) for index, share in used[1:]),
+                             used[0][1] * scoring.score(draws[used[0][0]]))
+        maps = dict(zip(scoring.inputs, totals, strict=True))
+        return Attribution(maps, scoring.score(), baseline_score, {"passes": self.n_samples})
+
+
+@dataclass(frozen=True)
+class NoiseTunnel(Attributor):
+    """Any method, averaged over noise on the input: SmoothGrad, SmoothGrad², VarGrad.
+
+    Args:
+        attributor: the method.
+        kind: "smoothgrad" (mean of maps), "smoothgrad_sq" (mean of their squares) or "vargrad" (their variance).
+        n_samples: how many noisy copies.
+        stdev_spread: standard deviation of the noise, as a share of each channel's range.
+        seed: seed of the noise.
+
+    The noise is drawn on the whole input, once per copy, before windows are cut.
+
+    Reference: Smilkov et al., "SmoothGrad: removing noise by adding noise", 2017 (arXiv:1706.03825); Hooker et al.,
+    "A Benchmark for Interpretability Methods in Deep Neural Networks", NeurIPS 2019 (SmoothGrad²); Adebayo et al.,
+    "Sanity Checks for Saliency Maps", NeurIPS 2018 (VarGrad).
+    """
+
+    attributor: Attributor = field(default_factory=Saliency)
+    kind: Literal["smoothgrad", "smoothgrad_sq", "vargrad"] = "smoothgrad"
+    n_samples: int = 25
+    stdev_spread: float = 0.15
+    seed: int = 0
+
+    linear: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_samples(self, self.n_samples)
+        if self.kind not in ("smoothgrad", "smoothgrad_sq", "vargrad"):
+            raise InputError(f"NoiseTunnel(kind={self.kind!r}): choose 'smoothgrad', 'smoothgrad_sq' or 'vargrad'.")
+
+    @property
+    def name(self) -> str:
+        """The method's name, with the one inside."""
+        return f"NoiseTunnel({self.attributor.name}, {self.kind})"
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        for maps in self._noisy_maps(scoring):
+            for name, values in maps.items():
+                if self.kind != "smoothgrad_sq":
+                    sums[name] = sums.get(name, 0) + values / self.n_samples
+                if self.kind != "smoothgrad":
+                    squares[name] = squares.get(name, 0) + values.square() / self.n_samples
+        if self.kind == "vargrad":
+            squares = {name: (square - sums[name].square()).clamp(min=0) for name, square in squares.items()}
+        return Attribution(sums if self.kind == "smoothgrad" else squares, scoring.score())
+
+    def _noisy_maps(self, scoring: Scoring) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in scoring.track(range(self.n_samples), self.name):
+            yield dict(self.attributor.attribute(scoring.at(noisy(scoring, self.stdev_spread, generator))).maps)
+
+
+def noisy(scoring: Scoring, stdev_spread: float, generator: torch.Generator) -> Tensors:
+    """Return the inputs with Gaussian noise, its standard deviation a share of each channel's range."""
+    return tuple(_add_noise(x, stdev_spread, generator) for x in scoring.values) if stdev_spread else scoring.values
+
+
+def _add_noise(x: Tensor, stdev_spread: float, generator: torch.Generator) -> Tensor:
+    axes = tuple(range(2, x.ndim)) or (1,)
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return x + stdev_spread * (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)) * noise
+
+
+def _require_samples(attributor: Attributor, n_samples: int) -> None:
+    if n_samples < 1:
+        raise InputError(f"{type(attributor).__name__}(n_samples={n_samples}) needs at least one sample.")

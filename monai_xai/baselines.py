@@ -1,0 +1,184 @@
+"""Baselines: what an input is held against.
+
+A baseline is an *absence*: the completeness of Integrated Gradients or DeepLift says how the score at the input differs
+from the score at the baseline. A constant image is a poor absence for networks with instance or group normalization,
+which map every constant image to the same features; the default is therefore a blurred copy of the input.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from monai.networks.layers import GaussianFilter
+from torch import Tensor
+from torch.nn import functional
+
+from monai_xai.errors import InputError
+from monai_xai.regions import Region
+
+
+@dataclass(frozen=True)
+class Baseline(ABC):
+    """What an input is held against. ``stochastic`` baselines have a ``seed``."""
+
+    stochastic: ClassVar[bool] = False
+
+    @abstractmethod
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the baselines of an input, one or several whose attributions are averaged.
+
+        Shapes: x (N, C, *spatial) or (N, F); each result has the shape of x.
+        """
+
+
+@dataclass(frozen=True)
+class Constant(Baseline):
+    """One value everywhere, or any tensor that expands to the input.
+
+    Args:
+        value: a number, or a tensor that broadcasts to (N, C, *spatial), such as shape (1, C, 1, 1, 1).
+    """
+
+    value: float | Tensor = 0.0
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (_expand(self, torch.as_tensor(self.value), x),)
+
+
+@dataclass(frozen=True)
+class Blur(Baseline):
+    """The input, blurred by a Gaussian: keeps the coarse anatomy and takes the detail.
+
+    Args:
+        sigma: standard deviation in voxels. Edges are replicated. Inputs without spatial axes, which cannot be
+            blurred, get zeros.
+    """
+
+    sigma: float = 4.0
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        dims = x.ndim - 2
+        if dims == 0:
+            return (torch.zeros_like(x),)
+        radius = min(int(4 * self.sigma) + 1, 10_000)
+        padded = functional.pad(x, [radius, radius] * dims, mode="replicate")
+        blurred = GaussianFilter(dims, self.sigma).to(x)(padded)
+        return (blurred[(..., *[slice(radius, -radius)] * dims)].contiguous(),)
+
+
+@dataclass(frozen=True)
+class Noise(Baseline):
+    """Gaussian noise with the mean and standard deviation of each channel of the input: no structure at all.
+
+    Args:
+        scale: factor on the standard deviation.
+        seed: seed of the noise.
+    """
+
+    scale: float = 1.0
+    seed: int = 0
+    stochastic: ClassVar[bool] = True
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        axes = tuple(range(2, x.ndim))
+        if not axes:
+            return (noise * self.scale,)
+        deviation, mean = torch.std_mean(x, dim=axes, keepdim=True, correction=0)
+        return (mean + self.scale * deviation * noise,)
+
+
+@dataclass(frozen=True)
+class ChannelMinimum(Baseline):
+    """The smallest value of each channel: air in CT and MRI, whatever the normalization. Vectors get zeros."""
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.ndim == 2:
+            return (torch.zeros_like(x),)
+        return (x.amin(tuple(range(2, x.ndim)), keepdim=True).expand_as(x),)
+
+
+@dataclass(frozen=True)
+class Mean(Baseline):
+    """The mean of each channel over a region of the input.
+
+    Args:
+        region: where the mean is taken: ``Box``, ``Voxel`` or ``Mask``; None takes the whole image. Vectors, which
+            have no region, get zeros.
+    """
+
+    region: Region | None = None
+
+    def __post_init__(self) -> None:
+        if self.region is not None and (self.region.needs_prediction or self.region.needs_label):
+            raise InputError(f"Mean needs a region of the input (Box, Voxel or Mask), got {self.region}.")
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.ndim == 2:
+            return (torch.zeros_like(x),)
+        axes = tuple(range(2, x.ndim))
+        weights = torch.ones_like(x[:, :1]) if self.region is None else self.region.mask(x, None, 0).to(x)
+        return (((x * weights).sum(axes, keepdim=True) / weights.sum(axes, keepdim=True)).expand_as(x),)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Baseline):
+    """A distribution given by examples, such as other patients: attributions are averaged over them.
+
+    Args:
+        values: the examples, shape (K, C, *spatial) or (K, F), on the grid of the input.
+
+    Reference: Erion et al., "Improving performance of deep learning models with axiomatic attribution priors and
+    expected gradients", Nature Machine Intelligence 2021 (doi:10.1038/s42256-021-00343-w).
+    """
+
+    values: Tensor = field(repr=False)
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_expand(self, value[None], x) for value in self.values)
+
+
+BaselineLike = Baseline | float | Tensor | Mapping[str, "BaselineLike"]
+
+
+def as_baseline(value: BaselineLike) -> Baseline | Mapping[str, Baseline]:
+    """Coerce a number or tensor into :class:`Constant`, and the values of a mapping likewise."""
+    if isinstance(value, Mapping):
+        return {name: as_baseline(part) for name, part in value.items()}  # type: ignore[misc]
+    return value if isinstance(value, Baseline) else Constant(value)
+
+
+def draw_baselines(
+    baseline: Baseline | Mapping[str, Baseline], inputs: Mapping[str, Tensor]
+) -> list[tuple[Tensor, ...]]:
+    """Return the baselines of all inputs: a list of draws, each a tuple in call order.
+
+    Args:
+        baseline: one baseline for every input, or one by input name.
+        inputs: the inputs by name, in call order.
+
+    Raises:
+        InputError: if an input has no baseline, or if it does not broadcast to the input.
+    """
+    if isinstance(baseline, Mapping) and set(baseline) != set(inputs):
+        raise InputError(f"Baselines are given for {sorted(baseline)}, but the inputs are {sorted(inputs)}.")
+    draws = [
+        (baseline[name] if isinstance(baseline, Mapping) else baseline).draws(x) for name, x in inputs.items()
+    ]
+    count = max(map(len, draws))
+    return [tuple(draw[i % len(draw)] for draw in draws) for i in range(count)]
+
+
+def _expand(baseline: Baseline, value: Tensor, x: Tensor) -> Tensor:
+    try:
+        return value.to(x).expand_as(x)
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(baseline).__name__} of shape {tuple(value.shape)} does not broadcast to the input of shape "
+            f"{tuple(x.shape)}."
+        ) from error

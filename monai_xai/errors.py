@@ -1,0 +1,37 @@
+"""What can go wrong, as a tree.
+
+.. code-block:: text
+
+    XaiError
+    ├── InputError (ValueError)               what was handed in cannot be explained as it is
+    │   └── EmptyRegionError                  no voxel to explain in one sample
+    ├── UnsupportedNetworkError (ValueError)  the method is not defined on this network
+    ├── UnsupportedInfererError (ValueError)  a setting of the inferer has no exact attribution
+    └── AttributionError (RuntimeError)       the method failed while it ran
+"""
+
+from __future__ import annotations
+
+
+class XaiError(Exception):
+    """Base of all errors that monai_xai raises on purpose."""
+
+
+class InputError(XaiError, ValueError):
+    """An input, label, baseline or output that cannot be explained as it is; says what was expected and what came."""
+
+
+class EmptyRegionError(InputError):
+    """The region holds no voxel in one of the samples; names the sample."""
+
+
+class UnsupportedNetworkError(XaiError, ValueError):
+    """The method is not defined on this network; names the modules that stand in the way."""
+
+
+class UnsupportedInfererError(XaiError, ValueError):
+    """A setting of the inferer cannot be honored exactly; names the setting."""
+
+
+class AttributionError(XaiError, RuntimeError):
+    """The method failed while it ran; names method, window and shape, and keeps the cause."""

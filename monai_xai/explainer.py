@@ -1,0 +1,304 @@
+"""The explainer: *what* is explained, *how*, and *over what extent*."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
+from torch import Tensor, nn
+
+from monai_xai.attributors import Attribution, Attributor
+from monai_xai.errors import InputError
+from monai_xai.explanation import Explanation
+from monai_xai.forward import ScoreFunction, Scoring, WholeTerm, guard, undisturbed
+from monai_xai.networks import require_module
+from monai_xai.targets import FunctionTarget, Target
+from monai_xai.windows import StitchedNetwork, is_sliding_window, window_scoring
+
+Inputs = Tensor | Mapping[str, Tensor]
+TargetLike = Target | Callable[..., Tensor]
+
+
+class CompletenessWarning(UserWarning):
+    """The attributions of a method that promises to sum up miss the change of the score by a large share."""
+
+
+class InfererNetwork(nn.Module):
+    """A network behind an inferer that is no sliding window, as one function of whole inputs.
+
+    Args:
+        network: what the inferer calls.
+        inferer: called as ``inferer(first input, network, *other inputs)``, as MONAI's engines do.
+    """
+
+    def __init__(self, network: nn.Module, inferer: Inferer) -> None:
+        super().__init__()
+        self.network = network
+        self.inferer = inferer
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.inferer(inputs[0], self.network, *inputs[1:])
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """What is explained (target), how (attributor), over what extent (inferer). Pure configuration.
+
+    Args:
+        target: what is explained; a function of the output is coerced to ``FunctionTarget``. A mapping of names to
+            targets explains each of them from one clean prediction.
+        attributor: the method.
+        inferer: how the network is applied to whole inputs; None calls it on them. Sliding windows are attributed
+            exactly, see :mod:`monai_xai.windows`; any other inferer is differentiated or perturbed as a whole.
+        channel_names: names of the channels (modalities) by input name.
+        progress: whether long work shows a progress bar.
+        tolerated_gap: relative completeness gap above which a :class:`CompletenessWarning` is given.
+
+    Example:
+        >>> import torch
+        >>> from monai_xai import Constant, DeepLift, Explainer, OutputScore
+        >>> network = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(network.weight)
+        >>> explainer = Explainer(OutputScore(), DeepLift(baseline=Constant(0.0)))
+        >>> explainer(network, torch.tensor([[2.0, 3.0]])).attributions["input"]
+        tensor([[2., 3.]])
+    """
+
+    target: TargetLike | Mapping[str, TargetLike]
+    attributor: Attributor
+    inferer: Inferer | None = None
+    channel_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    progress: bool = True
+    tolerated_gap: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attributor, Attributor):
+            raise InputError(f"Explainer(attributor=...) needs an attributor such as Saliency(), got {self.attributor!r}.")
+        target = self.target
+        coerced = {k: _as_target(t) for k, t in target.items()} if isinstance(target, Mapping) else _as_target(target)
+        object.__setattr__(self, "target", coerced)
+
+    def __call__(
+        self, network: nn.Module, inputs: Inputs, label: Tensor | None = None, prediction: Any = None
+    ) -> Explanation | dict[str, Explanation]:
+        """Explain a batch.
+
+        Args:
+            network: called with the inputs by position, in the order of the mapping. Not changed in any way.
+            inputs: one tensor (named "image", or "input" if it has no spatial axes) or tensors by name, shape
+                (N, C, *spatial) or (N, F).
+            label: ground truth for regions that need one, shape (N, 1, *spatial) or (N, C, *spatial).
+            prediction: the network's clean output through the inferer, if it is there already; spares a forward pass.
+
+        Returns:
+            One explanation; a dict of them if the target is a mapping or stands for several (``Component(k=None)``).
+
+        Raises:
+            InputError: if inputs, label, target and output do not fit each other.
+            UnsupportedNetworkError: if the method is not defined on this network.
+            UnsupportedInfererError: if the inferer cannot be attributed exactly.
+            AttributionError: if the method fails while it runs.
+        """
+        explanations = self.explain(network, inputs, label=label, prediction=prediction)
+        return explanations[""] if set(explanations) == {""} else explanations
+
+    def explain(
+        self, network: nn.Module, inputs: Inputs, *, label: Tensor | None = None, prediction: Any = None
+    ) -> dict[str, Explanation]:
+        """Explain a batch as :meth:`__call__` does, and return explanations by target name ("" for a single one)."""
+        network = require_module(network)
+        named = name_inputs(inputs)
+        with undisturbed(network):
+            tensors = {name: _plain(x) for name, x in named.items()}
+            plain_label = None if label is None else _plain(label)
+            plain_prediction = _plain(prediction) if isinstance(prediction, Tensor) else prediction
+            task = _Task(self, network, tensors, plain_label, plain_prediction)
+            return {name: self._explain(task, target, named) for name, target in task.targets().items()}
+
+    def _explain(self, task: _Task, target: Target, named: Mapping[str, Tensor]) -> Explanation:
+        start = time.perf_counter()
+        scoring = task.scoring(target)
+        with guard(self.attributor.name, scoring.values):
+            attribution = self.attributor.attribute(scoring)
+        explanation = Explanation(
+            attributions={name: _like(values, named[name]) for name, values in attribution.maps.items()},
+            score=attribution.score,
+            baseline_score=attribution.baseline_score,
+            delta=_delta(attribution) if self.attributor.complete else None,
+            seconds=time.perf_counter() - start,
+            method=str(self.attributor),
+            target=str(target),
+            seed=_seed(self.attributor),
+            summable=self.attributor.summable,
+            channels={name: tuple(self.channel_names[name]) for name in named if name in self.channel_names},
+            facts={**task.facts(scoring), **attribution.facts},
+        )
+        self._judge(explanation)
+        return explanation
+
+    def _judge(self, explanation: Explanation) -> None:
+        """Warn of attributions that do not add up."""
+        gap = explanation.gap
+        if gap is None or not (gap > self.tolerated_gap).any():
+            return
+        worst = int(gap.argmax())
+        assert explanation.delta is not None and explanation.baseline_score is not None
+        change = float(explanation.score[worst] - explanation.baseline_score[worst])
+        warnings.warn(
+            f"{self.attributor.name}: attributions of sample {worst} miss the change of the score by "
+            f"{float(gap[worst]):.1%} (delta {float(explanation.delta[worst]):.4g}, score minus baseline score "
+            f"{change:.4g}). Likely cure: {self.attributor.cause_of_gap}.",
+            CompletenessWarning,
+            stacklevel=4,
+        )
+
+
+@dataclass
+class _Task:
+    """One batch to be explained, with what several targets share: the clean prediction."""
+
+    explainer: Explainer
+    network: nn.Module
+    inputs: Mapping[str, Tensor]
+    label: Tensor | None
+    prediction: Any
+
+    @property
+    def slides(self) -> bool:
+        return is_sliding_window(self.explainer.inferer)
+
+    def targets(self) -> dict[str, Target]:
+        """Return the targets by name, those that stand for several taken apart."""
+        given = self.explainer.target
+        named = given if isinstance(given, Mapping) else {"": given}
+        found: dict[str, Target] = {}
+        for name, target in named.items():
+            assert isinstance(target, Target)
+            parts = target.each(self._output(target), self.label) or {"": target}
+            found |= {"_".join(filter(None, (name, part))): single for part, single in parts.items()}
+        return found
+
+    def scoring(self, target: Target) -> Scoring:
+        """Select once, and return the score of the frozen selection."""
+        inferer, progress = self.explainer.inferer, self.explainer.progress
+        selection = tuple(part.to(self._first.device) for part in target.select(self._output(target), self.label))
+        if self.slides and target.linear:
+            assert isinstance(inferer, SlidingWindowInferer)
+            return window_scoring(
+                self.network, inferer, target, selection[0], inputs=self.inputs, progress=progress
+            )
+        function = ScoreFunction(self._whole(target), target, len(self.inputs))
+        repeats = inferer is not None and not isinstance(inferer, SimpleInferer)
+        return Scoring(self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=progress)
+
+    def facts(self, scoring: Scoring) -> dict[str, int]:
+        """Return how many windows there are and how many of them matter."""
+        places = getattr(scoring.padding, "places", None)
+        if places is None:
+            return {}
+        return {"windows": len(places) * self._first.shape[0], "active_windows": len(scoring.terms)}
+
+    def _whole(self, target: Target) -> nn.Module:
+        """Return the network as a function of whole inputs."""
+        inferer = self.explainer.inferer
+        if inferer is None or isinstance(inferer, SimpleInferer):
+            return self.network
+        if self.slides:
+            assert isinstance(inferer, SlidingWindowInferer)
+            return StitchedNetwork(self.network, inferer, target.head)
+        return InfererNetwork(self.network, inferer)
+
+    def _output(self, target: Target) -> Tensor:
+        """Return the clean prediction, or only its shape where a sliding window's values are not looked at."""
+        if self.slides and target.linear and not target.needs_prediction:
+            return self._first.new_zeros(()).expand(self._first.shape[0], 1, *self._first.shape[2:])
+        if self.prediction is None:
+            with guard("the clean prediction", tuple(self.inputs.values())), torch.no_grad():
+                self.prediction = self._whole(target)(*self.inputs.values())
+        return target.pick(self.prediction)
+
+    @property
+    def _first(self) -> Tensor:
+        values = tuple(self.inputs.values())
+        return next((x for x in values if x.ndim > 2), values[0])
+
+
+def name_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """Return inputs by name, in call order, after checking that they can be explained.
+
+    Raises:
+        InputError: naming the input that is no batch of finite floating-point numbers or lies nowhere in space.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = {"image" if inputs.ndim > 2 else "input": inputs}
+    if not inputs:
+        raise InputError("There is no input to explain.")
+    for name, x in inputs.items():
+        _check_input(name, x)
+    if len({x.shape[0] for x in inputs.values()}) > 1:
+        raise InputError(f"Inputs must have one batch size, got { {name: tuple(x.shape) for name, x in inputs.items()} }.")
+    return dict(inputs)
+
+
+def _check_input(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"The input {name!r} must be a tensor of shape (N, C, *spatial) or (N, F), got {shape}.")
+    if not x.is_floating_point():
+        raise InputError(f"The input {name!r} must be of floating-point numbers, got {x.dtype}: convert with .float().")
+    for sample, values in enumerate(x):
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise InputError(
+                f"The input {name!r} has {bad} NaN or infinite values in sample {sample} (shape {tuple(x.shape)}): "
+                "no attribution is defined there. Mend the image, or clean it with torch.nan_to_num first."
+            )
+    if isinstance(x, MetaTensor):
+        _check_affine(name, x)
+
+
+def _check_affine(name: str, x: MetaTensor) -> None:
+    affine = torch.as_tensor(x.affine).double()
+    if (torch.linalg.det(affine[..., :-1, :-1]).abs() < 1e-12).any():
+        raise InputError(
+            f"The input {name!r} has a singular affine {affine.tolist()}: its voxels have no place in space, and maps "
+            "could not be saved in it. Mend the header (spacing and directions) of the file."
+        )
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Return a plain tensor that autograd may use, also from inside ``torch.inference_mode``."""
+    x = x.as_tensor() if isinstance(x, MetaTensor) else x
+    return x.clone() if x.is_inference() else x.detach()
+
+
+def _like(values: Tensor, source: Tensor) -> Tensor:
+    """Return maps with the affine and applied operations of their input."""
+    return MetaTensor(values).copy_meta_from(source, copy_attr=True) if isinstance(source, MetaTensor) else values
+
+
+def _delta(attribution: Attribution) -> Tensor:
+    assert attribution.baseline_score is not None
+    sums = [values.flatten(1).sum(1) for values in attribution.maps.values()]
+    return sum(sums[1:], sums[0]) - (attribution.score - attribution.baseline_score)
+
+
+def _seed(attributor: Attributor) -> int | None:
+    for owner in (attributor, getattr(attributor, "baseline", None)):
+        if hasattr(owner, "seed"):
+            return int(owner.seed)
+    return None
+
+
+def _as_target(target: TargetLike) -> Target:
+    if isinstance(target, Target):
+        return target
+    if callable(target):
+        return FunctionTarget(target)
+    raise InputError(f"Explainer(target=...) needs a target such as ClassScore() or RegionScore(1), got {target!r}.")

@@ -1,0 +1,63 @@
+"""The result: attributions of every input, with the numbers that say how far to trust them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from monai_xai.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The result of explaining a batch: nothing in it is summed, clipped or normalized.
+
+    Args:
+        attributions: signed maps by input name, shape (N, C, *spatial) or (N, F); a ``MetaTensor`` with the affine
+            and applied operations of its input where the input was one. Layer methods give one channel.
+        score: what was explained, shape (N,).
+        baseline_score: the score at the baseline, shape (N,); None for methods without one.
+        delta: the completeness gap ``sum(attributions) - (score - baseline_score)``, shape (N,), for methods that
+            promise to sum up; else None.
+        seconds: time the method took.
+        method: the attributor, as written in code.
+        target: the target, as written in code.
+        seed: the seed of a stochastic method or baseline, else None.
+        summable: whether values are contributions in units of the score, so that they may be added up.
+        channels: names of the channels (modalities) by input name.
+        facts: further numbers, such as ``windows``, ``active_windows``, ``passes`` or ``layer``.
+    """
+
+    attributions: Mapping[str, Tensor]
+    score: Tensor
+    baseline_score: Tensor | None
+    delta: Tensor | None
+    seconds: float
+    method: str
+    target: str
+    seed: int | None = None
+    summable: bool = False
+    channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> Tensor | None:
+        """``|delta|`` relative to ``|score - baseline_score|``, shape (N,); None for methods without delta."""
+        if self.delta is None or self.baseline_score is None:
+            return None
+        return self.delta.abs() / (self.score - self.baseline_score).abs()
+
+    def contributions(self) -> dict[str, Tensor]:
+        """Return the signed sum of each channel, in units of the score, by input name: shape (N, C) or (N, F).
+
+        Raises:
+            InputError: if the method's values must not be added up.
+        """
+        if not self.summable:
+            raise InputError(f"{self.method} does not give contributions: its values must not be added up.")
+        return {
+            name: (values.sum(tuple(range(2, values.ndim))) if values.ndim > 2 else values)
+            for name, values in self.attributions.items()
+        }

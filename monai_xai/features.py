@@ -1,0 +1,124 @@
+"""Features: the pieces of an input that perturbation methods take away together."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from monai_xai.errors import InputError
+
+
+@dataclass(frozen=True)
+class Features(ABC):
+    """A partition of each input into features, given by an integer mask."""
+
+    @abstractmethod
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        """Return feature numbers of one input, shape (1, C or 1, *spatial) or (1, F), expandable to the input."""
+
+
+@dataclass(frozen=True)
+class Channels(Features):
+    """Each channel (a modality of a multi-sequence image) or each entry of a vector is one feature."""
+
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        return torch.arange(x.shape[1], device=x.device).reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+@dataclass(frozen=True)
+class Blocks(Features):
+    """Blocks of voxels, through all channels; each entry of a vector is one feature.
+
+    Args:
+        size: edge length in voxels, one number or one per axis. The last block of an axis may be smaller.
+        per_channel: whether the blocks of different channels are different features.
+    """
+
+    size: int | Sequence[int] = 16
+    per_channel: bool = False
+
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        if x.ndim == 2:
+            return Channels().mask(x, name)
+        spatial = x.shape[2:]
+        sizes = [self.size] * len(spatial) if isinstance(self.size, int) else list(self.size)
+        if len(sizes) != len(spatial) or min(sizes) < 1:
+            raise InputError(f"{self} does not fit the input {name!r} of spatial shape {tuple(spatial)}.")
+        blocks = torch.zeros((1, 1, *spatial), dtype=torch.long, device=x.device)
+        for axis, (size, length) in enumerate(zip(sizes, spatial, strict=True)):
+            index = torch.arange(length, device=x.device) // size
+            shape = [-1 if i == axis + 2 else 1 for i in range(x.ndim)]
+            blocks = blocks * (int(index[-1]) + 1) + index.reshape(shape)
+        return blocks + Channels().mask(x, name) * (blocks.max() + 1) if self.per_channel else blocks
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMask(Features):
+    """Given feature numbers, such as an atlas or supervoxels; they need not be contiguous.
+
+    Args:
+        numbers: integer tensor that expands to the input, or one tensor by input name. Equal numbers in two inputs
+            are two features.
+    """
+
+    numbers: Tensor | Mapping[str, Tensor] = field(repr=False)
+
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        numbers = self.numbers.get(name) if isinstance(self.numbers, Mapping) else self.numbers
+        if numbers is None:
+            raise InputError(f"FeatureMask has no mask for the input {name!r}.")
+        try:
+            torch.broadcast_to(numbers, (1, *x.shape[1:]))
+        except RuntimeError as error:
+            raise InputError(
+                f"FeatureMask of shape {tuple(numbers.shape)} does not expand to {(1, *x.shape[1:])}, the shape of one "
+                f"sample of the input {name!r}."
+            ) from error
+        return numbers.to(device=x.device, dtype=torch.long)
+
+
+FeaturesLike = Features | Tensor | Mapping[str, Tensor]
+
+
+def as_features(value: FeaturesLike) -> Features:
+    """Coerce a tensor or a mapping of tensors into :class:`FeatureMask`."""
+    return value if isinstance(value, Features) else FeatureMask(value)
+
+
+def feature_masks(features: Features, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], int]:
+    """Return feature numbers for all inputs, contiguous and unique over the inputs, and how many there are."""
+    masks, count = [], 0
+    for name, x in inputs.items():
+        mask = features.mask(x, name)
+        values, dense = torch.unique(mask, return_inverse=True)
+        masks.append((dense + count).reshape(mask.shape).expand(1, *x.shape[1:]))
+        count += len(values)
+    return masks, count
+
+
+def channel_names(source: str | Path) -> dict[str, tuple[str, ...]]:
+    """Read the modality names of a bundle's inputs from ``channel_def`` in its metadata.
+
+    Args:
+        source: the bundle's root folder, or its ``metadata.json``.
+
+    Returns:
+        Names by input, such as ``{"image": ("FLAIR", "T1", "T1POST", "T2")}``; empty if there is no metadata.
+    """
+    path = Path(source)
+    path = path / "configs" / "metadata.json" if path.is_dir() else path
+    if not path.is_file():
+        return {}
+    inputs = json.loads(path.read_text()).get("network_data_format", {}).get("inputs", {})
+    definitions = {name: entry.get("channel_def") or {} for name, entry in inputs.items()}
+    return {
+        name: tuple(str(definition[key]) for key in sorted(definition, key=int))
+        for name, definition in definitions.items()
+        if definition
+    }

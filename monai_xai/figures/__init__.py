@@ -1,0 +1,11 @@
+"""Pictures of attributions: arrays in, figures or pixels out; nothing global is touched."""
+
+from __future__ import annotations
+
+from monai_xai.figures.animation import Animation, animate
+from monai_xai.figures.bars import draw_bars
+from monai_xai.figures.overlays import draw_montage, draw_planes
+from monai_xai.figures.scene import Scene
+from monai_xai.figures.sheet import rasterize
+
+__all__ = ["Animation", "Scene", "animate", "draw_bars", "draw_montage", "draw_planes", "rasterize"]

@@ -1,0 +1,317 @@
+"""From a network and a target to scores: the functions that attributors attribute.
+
+A :class:`Scoring` is the score of one frozen selection as a function of whole inputs. It is a sum of *terms*, each one
+call of a function on a part of the inputs: one term for a network that sees whole inputs, one per active window for a
+sliding-window prediction (:mod:`monai_xai.windows`). A method that works term by term works on both.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
+from monai_xai.targets import Target
+
+Tensors = tuple[Tensor, ...]
+T = TypeVar("T")
+
+
+class ScoreFunction(nn.Module):
+    """The network and its target as one module: ``(*inputs, *selection)`` to scores of shape (N,).
+
+    Args:
+        network: called with the inputs by position.
+        target: turns the output into scores.
+        n_inputs: how many of the arguments are inputs of the network.
+    """
+
+    def __init__(self, network: nn.Module, target: Target, n_inputs: int) -> None:
+        super().__init__()
+        self.network = network
+        self.target = target
+        self.n_inputs = n_inputs
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        inputs, selection = arguments[: self.n_inputs], arguments[self.n_inputs :]
+        output = self.target.pick(self.network(*inputs))
+        scores = self.target.score(output, *selection)
+        if scores.shape != inputs[0].shape[:1]:
+            raise InputError(
+                f"{self.target} must give one score per sample, shape ({inputs[0].shape[0]},), got "
+                f"{tuple(scores.shape)} from an output of shape {tuple(output.shape)}."
+            )
+        return scores
+
+
+class Term(ABC):
+    """One call of a function on a part of the inputs.
+
+    Attributes:
+        function: ``(*inputs, *selection)`` to scores of shape (n,).
+        samples: the rows of the batch that it contributes to, n of N.
+    """
+
+    function: nn.Module
+    samples: slice
+
+    @abstractmethod
+    def selection(self) -> Tensors:
+        """Return the further arguments of the function."""
+
+    @abstractmethod
+    def cut(self, inputs: Sequence[Tensor]) -> Tensors:
+        """Return the part of (padded) whole inputs that the function sees."""
+
+    @abstractmethod
+    def add(self, totals: Sequence[Tensor], maps: Sequence[Tensor]) -> None:
+        """Add maps of the part to (padded) whole maps in place: the adjoint of :meth:`cut`."""
+
+    @abstractmethod
+    def blending(self) -> Tensor | float:
+        """Return how much this term's voxels count among all terms that see them; sums to one over all terms."""
+
+    @abstractmethod
+    def coordinates(self, x: Tensor) -> list[Tensor]:
+        """Return, for each axis of an unpadded input after the batch, which indices the part sees; -1 for none."""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the scores of a part, without a graph, shape (n,)."""
+        with torch.no_grad():
+            return self.function(*inputs, *self.selection())
+
+    def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
+        """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part.
+
+        Inputs that the network does not use get zeros.
+        """
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            scores = self.function(*leaves, *self.selection())
+            if not scores.requires_grad:
+                raise UnsupportedNetworkError(
+                    "The score does not depend on the inputs through autograd (a frozen engine, detach() or arg-max "
+                    "on the way?). Use a perturbation method such as FeatureAblation or Occlusion."
+                )
+            gradients = torch.autograd.grad(scores.sum(), leaves, allow_unused=True)
+        found = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
+        return scores.detach(), tuple(found)
+
+
+@dataclass(frozen=True)
+class WholeTerm(Term):
+    """The one term of a network that sees whole inputs."""
+
+    function: nn.Module
+    selected: Tensors
+    samples: ClassVar[slice] = slice(None)  # type: ignore[misc]
+
+    def selection(self) -> Tensors:
+        return self.selected
+
+    def cut(self, inputs: Sequence[Tensor]) -> Tensors:
+        return tuple(inputs)
+
+    def add(self, totals: Sequence[Tensor], maps: Sequence[Tensor]) -> None:
+        for total, part in zip(totals, maps, strict=True):
+            total += part
+
+    def blending(self) -> float:
+        return 1.0
+
+    def coordinates(self, x: Tensor) -> list[Tensor]:
+        return [torch.arange(length, device=x.device) for length in x.shape[1:]]
+
+
+class Padding:
+    """How whole inputs become what terms are cut from: here, not at all."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Return the padded input."""
+        return x
+
+    def unpad(self, total: Tensor) -> Tensor:
+        """Return maps of the padded input as maps of the input: the adjoint of the linear part of :meth:`pad`."""
+        return total
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Return the part of a padded image that the image occupies."""
+        return x
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The score of a frozen selection as a function of whole inputs: a sum of terms.
+
+    Args:
+        inputs: plain tensors by name, in call order; shape (N, C, *spatial) or (N, F).
+        terms: what is summed.
+        padding: how whole inputs become what terms are cut from.
+        repeats_calls: whether one term calls the network several times (an inferer inside), which methods that work
+            by hooks cannot bear.
+        progress: whether long work shows a bar.
+    """
+
+    inputs: Mapping[str, Tensor]
+    terms: Sequence[Term]
+    padding: Padding = Padding()
+    repeats_calls: bool = False
+    progress: bool = False
+
+    @property
+    def values(self) -> Tensors:
+        """The inputs in call order."""
+        return tuple(self.inputs.values())
+
+    def at(self, inputs: Sequence[Tensor]) -> Scoring:
+        """Return the same score, to be explained at other inputs."""
+        return replace(self, inputs=dict(zip(self.inputs, inputs, strict=True)))
+
+    def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
+        """Iterate with a progress bar that appears once the work has taken two seconds."""
+        return iter(
+            tqdm(work, desc=name, total=total, leave=False, delay=2.0, disable=None if self.progress else True)
+        )
+
+    def parts(self, name: str, *wholes: Sequence[Tensor]) -> Iterator[tuple[Term, tuple[Tensors, ...]]]:
+        """Iterate over the terms with what each sees of some whole inputs.
+
+        An error inside the loop body is not seen here; wrap the body with :meth:`guard`.
+        """
+        padded = [[self.padding.pad(x) for x in whole] for whole in wholes]
+        for term in self.track(self.terms, name):
+            yield term, tuple(term.cut(whole) for whole in padded)
+
+    def score(self, inputs: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the scores at whole inputs (default: the inputs themselves), shape (N,)."""
+        parts = self.parts("score", self.values if inputs is None else inputs)
+        return self.sum_scores([term(part) for term, (part,) in parts])
+
+    def sum_scores(self, scores: Iterable[Tensor]) -> Tensor:
+        """Sum one score per term, each of shape (n,), to scores of shape (N,)."""
+        first = self.values[0]
+        total = torch.zeros(first.shape[0], dtype=first.dtype, device=first.device)
+        for term, score in zip(self.terms, scores, strict=True):
+            total[term.samples] += score.to(total)
+        return total
+
+    def gradient(self, inputs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensors]:
+        """Return scores (N,) and their gradient with respect to every whole input."""
+        scores: list[Tensor] = []
+
+        def attribute(term: Term, part: Tensors) -> Tensors:
+            score, gradients = term.gradient(part)
+            scores.append(score)
+            return gradients
+
+        gradients = self.accumulate("gradient", attribute, self.values if inputs is None else inputs)
+        return self.sum_scores(scores), gradients
+
+    def accumulate(
+        self, name: str, attribute: Callable[..., Sequence[Tensor]], *wholes: Sequence[Tensor]
+    ) -> Tensors:
+        """Sum the maps that ``attribute(term, *parts)`` gives over all terms.
+
+        Args:
+            name: what the progress bar says.
+            attribute: gets a term and what it sees of each of ``wholes``; returns one map per input.
+            wholes: whole inputs, baselines, …, each in call order.
+
+        Raises:
+            AttributionError: naming the term and its shapes, if ``attribute`` fails.
+        """
+        totals = [torch.zeros_like(self.padding.pad(x)) for x in self.values]
+        for number, (term, parts) in enumerate(self.parts(name, *wholes)):
+            with guard(f"term {number + 1} of {len(self.terms)}", parts[0]):
+                term.add(totals, attribute(term, *parts))
+        return tuple(self.padding.unpad(total) for total in totals)
+
+
+@contextmanager
+def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Turn an error of the host into one that says where it happened and what may help."""
+    try:
+        yield
+    except XaiError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise AttributionError(
+            f"Out of memory in {where}, inputs {[tuple(x.shape) for x in inputs]}. Use smaller windows "
+            "(SlidingWindowInferer(roi_size=...)), explain fewer samples at a time, or another device."
+        ) from error
+    except Exception as error:
+        raise AttributionError(
+            f"{where}, inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """Explain inside this block, and find network and generators afterwards as they were before, bit for bit.
+
+    Inside, the network is in evaluation mode, its parameters are constants, autograd is on, and autocast and
+    inference mode are off. Afterwards every submodule has its own train or eval flag, hooks, attributes and buffers
+    again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also after
+    an exception. ``.grad`` is never touched.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserved_generators())
+        for module in network.modules():
+            stack.callback(_module_restorer(module))
+        for parameter in network.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        network.eval()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in {"cpu", *(p.device.type for p in network.parameters())}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave the random generators of torch, NumPy and Python as they were, whatever is drawn inside."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _module_restorer(module: nn.Module) -> Callable[[], None]:
+    attributes = {name: _shallow_copy(value) for name, value in vars(module).items()}
+    originals = dict(vars(module))
+    buffers = [(b, b._version, b.clone()) for b in module._buffers.values() if b is not None]
+
+    def restore() -> None:
+        vars(module).clear()
+        vars(module).update(originals)
+        for name, value in attributes.items():
+            if isinstance(value, dict):
+                originals[name].clear()
+                originals[name].update(value)
+        for buffer, version, content in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(content)
+
+    return restore
+
+
+def _shallow_copy(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict) else value

@@ -1,0 +1,168 @@
+"""Networks: what a method must know about one before it may explain it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+from monai.networks.blocks.activation import MemoryEfficientSwish, Swish
+from monai.networks.blocks.activation import Mish as MonaiMish
+from torch import Tensor, nn
+
+from monai_xai.errors import InputError, UnsupportedNetworkError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_GATES = (nn.Softmax, nn.Sigmoid)
+_NONLINEARITIES = (
+    *(getattr(nn, name) for name in nn.modules.activation.__all__ if name != "MultiheadAttention"),
+    Swish,
+    MemoryEfficientSwish,
+    MonaiMish,
+)
+_NORMS_OF_INPUT = (
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+_RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softmax)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``.
+
+    Explaining through the wrapper on one rank would wait for the others for ever.
+    """
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = network.module
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
+def require_module(network: object) -> nn.Module:
+    """Return the unwrapped network, or say why it cannot be explained.
+
+    Raises:
+        UnsupportedNetworkError: if it is no ``nn.Module`` or its weights were made under ``torch.inference_mode``.
+    """
+    if not isinstance(network, nn.Module):
+        raise UnsupportedNetworkError(
+            f"The network must be a torch.nn.Module, got {type(network).__name__}. Wrap a function in a module."
+        )
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if tensor.is_inference():
+            raise UnsupportedNetworkError(
+                f"{name} was made under torch.inference_mode(), so autograd cannot see through it. Build the network "
+                "outside, or copy.deepcopy it and load_state_dict outside of inference mode."
+            )
+    return unwrap(network)
+
+
+def require_relu(network: nn.Module, method: str) -> None:
+    """Refuse a method that acts on ``nn.ReLU`` modules where there is none, or where other nonlinearities act.
+
+    Guided backpropagation through other nonlinearities would silently be the plain gradient there.
+
+    Raises:
+        UnsupportedNetworkError: naming the nonlinearities that the method does not act on.
+    """
+    others = _names_by_type(network, lambda m: isinstance(m, _NONLINEARITIES) and not isinstance(m, nn.ReLU))
+    if not any(type(module) is nn.ReLU for module in network.modules()):
+        raise UnsupportedNetworkError(
+            f"{method} acts on torch.nn.ReLU modules, and {type(network).__name__} has none "
+            f"({_list(others) or 'no activation modules at all'}): it would silently be the plain gradient. "
+            "Use Saliency(), IntegratedGradients(), or a network with act='RELU'."
+        )
+    hidden = {kind: names for kind, names in others.items() if kind not in {gate.__name__ for gate in _GATES}}
+    if hidden:
+        raise UnsupportedNetworkError(
+            f"{method} acts on torch.nn.ReLU modules only, but {type(network).__name__} also has {_list(hidden)}: "
+            "there it would silently be the plain gradient. Use Saliency() or IntegratedGradients()."
+        )
+
+
+def require_rescale_rules(network: nn.Module, method: str) -> None:
+    """Refuse DeepLift on modules for which Captum silently takes the gradient in place of a rescale rule.
+
+    Raises:
+        UnsupportedNetworkError: naming the modules without a rule.
+    """
+
+    def has_no_rule(module: nn.Module) -> bool:
+        if isinstance(module, nn.MultiheadAttention):
+            return True
+        return isinstance(module, (*_NONLINEARITIES, *_NORMS_OF_INPUT)) and type(module) not in _RESCALED
+
+    missing = _names_by_type(network, has_no_rule)
+    if missing:
+        raise UnsupportedNetworkError(
+            f"{method} has no rule for {_list(missing)} of {type(network).__name__}: it would silently treat them "
+            "as linear. Use IntegratedGradients(), or a network with act='RELU' (LeakyReLU, ELU) and norm='BATCH'."
+        )
+
+
+def find_layer(network: nn.Module, name: str) -> nn.Module:
+    """Return the submodule of that dotted name.
+
+    Raises:
+        InputError: with the most similar names there are.
+    """
+    modules = dict(network.named_modules())
+    if name not in modules or not name:
+        near = difflib.get_close_matches(name, [n for n in modules if n], n=5, cutoff=0.3)
+        raise InputError(f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}.")
+    return modules[name]
+
+
+def choose_layer(network: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Return the name of the layer for class activation maps: the last convolution at the coarsest resolution.
+
+    For a classification network this is the last convolution, for a U-shaped one the bottleneck, as in Seg-Grad-CAM.
+
+    Raises:
+        UnsupportedNetworkError: if no convolution gives a spatial output.
+    """
+    sizes: dict[str, int] = {}
+    handles = []
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, arguments: object, output: Tensor) -> None:
+            if output.ndim > 2 and output[0, 0].numel() > 1:
+                sizes.pop(name, None)
+                sizes[name] = output[0, 0].numel()
+
+        return record
+
+    for name, module in network.named_modules():
+        if isinstance(module, _CONVOLUTIONS):
+            handles.append(module.register_forward_hook(recorder(name)))
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sizes:
+        raise UnsupportedNetworkError(
+            f"{type(network).__name__} has no convolution with a spatial output: name the layer, layer='...'."
+        )
+    coarsest = min(sizes.values())
+    return [name for name, size in sizes.items() if size == coarsest][-1]
+
+
+def _names_by_type(network: nn.Module, accept: Callable[[nn.Module], bool]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        if accept(module):
+            found.setdefault(type(module).__name__, []).append(name)
+    return found
+
+
+def _list(found: dict[str, list[str]]) -> str:
+    return ", ".join(f"{len(names)} {kind} (first: {names[0]!r})" for kind, names in found.items())

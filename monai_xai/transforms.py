@@ -1,0 +1,135 @@
+"""Transforms: explanations in a MONAI pre- or post-processing pipeline, and saving them safely."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, PathLike
+from monai.data import MetaTensor, NibabelWriter
+from monai.transforms import FlattenSubKeysd, MapTransform, Transform
+from torch import Tensor, nn
+
+from monai_xai.errors import InputError
+from monai_xai.explainer import Explainer
+from monai_xai.explanation import Explanation
+
+
+class Explain(Transform):
+    """Explain one channel-first image (or several inputs) without batch axis.
+
+    Args:
+        explainer: what, how and over what extent, for a single target.
+        network: the network, on whose device the work is done.
+    """
+
+    def __init__(self, explainer: Explainer, network: nn.Module) -> None:
+        self.explainer = explainer
+        self.network = network
+
+    def __call__(self, inputs: Tensor | Mapping[str, Tensor], label: Tensor | None = None) -> Any:
+        """Return the attribution of one tensor, or attributions by input name.
+
+        Args:
+            inputs: shape (C, *spatial) or (F,), one tensor or several by name in call order.
+            label: shape (C, *spatial), for regions that need one.
+        """
+        maps = self.explanation(inputs, label).attributions
+        samples = {name: values[0] for name, values in maps.items()}
+        return samples if isinstance(inputs, Mapping) else next(iter(samples.values()))
+
+    def explanation(self, inputs: Tensor | Mapping[str, Tensor], label: Tensor | None = None) -> Explanation:
+        """Return the whole explanation, with a batch axis of one, on the device of the inputs."""
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        batch = {k: _batched(x, device) for k, x in inputs.items()} if isinstance(inputs, Mapping) else _batched(inputs, device)
+        found = self.explainer(self.network, batch, label=None if label is None else _batched(label, device))
+        if not isinstance(found, Explanation):
+            raise InputError(f"Explain needs an explainer for one target, got {sorted(found)}.")
+        return found
+
+
+class Explaind(MapTransform):
+    """Dictionary version of :class:`Explain`: adds ``<prefix>_<key>`` for every key.
+
+    Args:
+        keys: the inputs of the network, in call order.
+        explainer: what, how and over what extent, for a single target.
+        network: the network.
+        label_key: where the label is, for regions that need one.
+        prefix: first part of the new keys.
+        allow_missing_keys: leave out inputs that are not there.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        explainer: Explainer,
+        network: nn.Module,
+        *,
+        label_key: str | None = None,
+        prefix: str = "attribution",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.explain = Explain(explainer, network)
+        self.label_key = label_key
+        self.prefix = prefix
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the attributions of every key."""
+        d = dict(data)
+        inputs = {str(key): d[key] for key in self.key_iterator(d)}
+        if self.label_key is not None and self.label_key not in d:
+            raise KeyError(f"Explaind(label_key={self.label_key!r}) is missing in the data, which has {sorted(map(str, d))}.")
+        label = d[self.label_key] if self.label_key is not None else None
+        return d | {f"{self.prefix}_{name}": values for name, values in self.explain(inputs, label).items()}
+
+
+class FlattenAttributionsd(FlattenSubKeysd):
+    """Lift the maps that ``AttributionHandler`` put under one key to the top: ``attribution_image``, ….
+
+    Cases that were not explained pass unchanged, so that the transforms that follow need ``allow_missing_keys=True``.
+
+    Args:
+        keys: the key of ``AttributionHandler``, which is also the first part of the new keys.
+    """
+
+    def __init__(self, keys: str = "attribution") -> None:
+        super().__init__(keys, prefix=keys)
+        self.allow_missing_keys = True
+
+
+class AtomicNibabelWriter(NibabelWriter):
+    """``NibabelWriter`` that leaves a whole file or none: for ``SaveImaged(writer=AtomicNibabelWriter)``.
+
+    Raises:
+        OSError: naming the file, if it could not be written (a full disk, missing rights).
+        InputError: if the affine is singular.
+    """
+
+    def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
+        """Write to a temporary file beside the target, then move it into place."""
+        path = Path(filename)
+        affine = None if self.affine is None else np.asarray(self.affine, dtype=float)
+        if affine is not None and abs(np.linalg.det(affine[:-1, :-1])) < 1e-12:
+            raise InputError(f"{path.name} is not written: its affine is singular, {affine.tolist()}.")
+        partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+        try:
+            super().write(partial, verbose=verbose, **obj_kwargs)
+            os.replace(partial, path)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{path} is not written ({error.strerror or error}): free disk space or check rights, then run again"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _batched(x: Tensor, device: torch.device) -> Tensor:
+    if isinstance(x, MetaTensor):
+        return MetaTensor(x.as_tensor()[None].to(device)).copy_meta_from(x, copy_attr=True)
+    return torch.as_tensor(x)[None].to(device)
