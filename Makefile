@@ -30,10 +30,10 @@ demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes
 	$(RUN_BUNDLE) "['configs/train.yaml','configs/explain_train.yaml']"
 	$(RUN_BUNDLE) "['configs/inference.yaml','configs/explain.yaml']"
 	@echo
-	@echo "Done. What the network came to look at, epoch by epoch, and the maps of the cases it never saw:"
-	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)/eval"
-	@echo "The same maps in each scan's own space, for any NIfTI viewer:"
-	@find $(BUNDLE)/eval -name '*attribution*.nii.gz' | sort | sed 's/^/  /'
+	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
+	@find $(BUNDLE)/eval -name '*.nii.gz' | sort | sed 's/^/  /'
+	@echo "Curves over the training, and pictures of what the network looks at (images, scalars):"
+	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)"
 
 test: check unittest  ## everything that .ci/run runs: style, types, tests, doctests, documents
 
@@ -47,7 +47,7 @@ unittest: $(TOOLS)
 
 test-oldest:  ## the tests with the lower bounds of setup.cfg, in an environment of its own
 	$(MAKE) unittest VENV=.venv-oldest CONSTRAINTS=tests/constraints-oldest.txt \
-	    PYTEST_OPTIONS="-W default $(PYTEST_OPTIONS)"    # old releases use what new ones deprecate
+	    PYTEST_OPTIONS="-W ignore $(PYTEST_OPTIONS)"    # old releases use what new ones deprecate
 
 format: $(TOOLS)  ## bring the code into the form that `make test` asks for
 	$(BIN)/ruff check --fix-only --quiet .

@@ -64,6 +64,13 @@ class Term(ABC):
     function: nn.Module
     samples: slice
 
+    @property
+    def network(self) -> nn.Module:
+        """The network inside the function."""
+        network = self.function.network
+        assert isinstance(network, nn.Module)
+        return network
+
     @abstractmethod
     def selection(self) -> Tensors:
         """Return the further arguments of the function."""

@@ -1,7 +1,7 @@
 """Ignite handlers: explanations inside training and evaluation loops.
 
 :class:`AttributionHandler` computes and never draws; :mod:`monai_xai.tensorboard` draws and never computes. Between
-them stands the event :attr:`AttributionEvents.COMPLETED` and ``engine.state.explained``.
+them stands the event :attr:`AttributionEvents.ATTRIBUTION_COMPLETED` and ``engine.state.explained``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 class AttributionEvents(EventEnum):
     """Events that :class:`AttributionHandler` fires on the engine it is attached to."""
 
-    COMPLETED = "attribution_completed"
+    ATTRIBUTION_COMPLETED = "attribution_completed"
 
 
 def register_events(engine: Engine) -> None:
     """Make :class:`AttributionEvents` known to an engine, once."""
-    if AttributionEvents.COMPLETED not in engine._allowed_events:
+    if AttributionEvents.ATTRIBUTION_COMPLETED not in engine._allowed_events:
         engine.register_events(*AttributionEvents)
 
 
@@ -250,7 +250,7 @@ class AttributionHandler:
             epoch = engine.state.epoch
             engine.state.explained = ExplainedBatch(explanations, inputs, shown, label, names, due, epoch)
             self._put(engine, explanations)
-            engine.fire_event(AttributionEvents.COMPLETED)
+            engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
 
     def _run(
         self, engine: Engine, explainer: Explainer, inputs: Mapping[str, Tensor], label: Tensor | None, prediction: Any

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seeded() -> None:
     """Every test starts from the same generators, whichever ran before it."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the global generator is the one that MONAI and Captum draw from
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

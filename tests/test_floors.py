@@ -28,6 +28,7 @@ FLOORS = {
     "inferers": 5,
     "handlers": 5,
     "tensorboard": 5,
+    "overlays": 6,
     "__main__": 6,
 }
 # The few arrows between neighbors on one floor.
@@ -40,6 +41,7 @@ NEIGHBORS = {
     "windows": {"forward"},
     "networks": {"forward"},
     "tensorboard": {"handlers"},
+    "__main__": {"overlays"},
 }
 # Hosts that only some floors may touch.
 HOSTS = {

@@ -42,8 +42,7 @@ class DeepLift(BaselineAttributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        for term in scoring.terms[:1]:
-            require_rescale_rules(term.function, self.name)
+        require_rescale_rules(scoring.terms[0].network, self.name)
         return average([self._propagate(scoring, baseline) for baseline in self.draws(scoring)])
 
     def _propagate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
@@ -69,8 +68,7 @@ class GuidedBackprop(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        for term in scoring.terms[:1]:
-            require_relu(term.function, self.name)
+        require_relu(scoring.terms[0].network, self.name)
 
         def attribute(term: Term, inputs: Tensors) -> Tensors:
             method = captum.attr.GuidedBackprop(term.function)

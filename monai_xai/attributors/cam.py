@@ -54,7 +54,7 @@ class ClassActivationAttributor(Attributor):
 
     def _choose(self, scoring: Scoring) -> str:
         term, (inputs,) = next(scoring.parts(self.name, scoring.values))
-        return choose_layer(_network(term), inputs)
+        return choose_layer(term.network, inputs)
 
     def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
         """Return the score of one term and its map, shape (n, 1, *part)."""
@@ -130,7 +130,7 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
         outputs.append(output if output.requires_grad else output.requires_grad_())
         return outputs[0].clone()
 
-    handle = find_layer(_network(term), layer).register_forward_hook(keep)
+    handle = find_layer(term.network, layer).register_forward_hook(keep)
     try:
         with torch.enable_grad():
             score = term.function(*inputs, *term.selection())
@@ -141,13 +141,6 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
     (gradient,) = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
     activation = outputs[0].detach()
     return score.detach(), activation, torch.zeros_like(activation) if gradient is None else gradient
-
-
-def _network(term: Term) -> nn.Module:
-    """Return the user's network inside a term's function."""
-    network = term.function.network
-    assert isinstance(network, nn.Module)
-    return network
 
 
 def _grid_axes(x: Tensor) -> tuple[int, ...]:

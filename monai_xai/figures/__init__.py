@@ -6,6 +6,15 @@ from monai_xai.figures.animation import Animation, animate
 from monai_xai.figures.bars import draw_bars
 from monai_xai.figures.overlays import draw_montage, draw_planes
 from monai_xai.figures.scene import Scene
-from monai_xai.figures.sheet import rasterize
+from monai_xai.figures.sheet import encode_png, rasterize
 
-__all__ = ["Animation", "Scene", "animate", "draw_bars", "draw_montage", "draw_planes", "rasterize"]
+__all__ = [
+    "Animation",
+    "Scene",
+    "animate",
+    "draw_bars",
+    "draw_montage",
+    "draw_planes",
+    "encode_png",
+    "rasterize",
+]

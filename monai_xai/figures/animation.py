@@ -14,17 +14,17 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from monai_xai.figures.colors import CLEAR_BELOW, LABEL, PREDICTION, blend
-from monai_xai.figures.scene import Scene
+from monai_xai.figures.scene import Scene, is_crowded
 from monai_xai.figures.sheet import format_ticks
 
 # A GIF has 256 colors. They are laid out by hand, so that nothing is dithered and sign and size survive: a ramp of
 # greys, then each step of the color scale over a coarser ramp of greys, then the two outlines.
-GREYS = 64
+GREYS = 48
 COARSE_GREYS = 8
 STEPS = 11
 PREDICTION_INDEX = GREYS + 2 * STEPS * COARSE_GREYS
 LABEL_INDEX = PREDICTION_INDEX + 1
-PAPER_INDEX = 4
+PAPER_INDEX = 3
 
 TITLE = 34
 CAPTION = 15
@@ -58,7 +58,7 @@ class Animation:
         return file.getvalue()
 
 
-def animate(scene: Scene, frames: int = 40, side: int = 448) -> Animation:
+def animate(scene: Scene, frames: int = 32, side: int = 448) -> Animation:
     """Return a walk through the scrolling plane, from feet to head: all modalities side by side.
 
     A strip at the bottom shows how much absolute attribution each slice carries, and where the frame is.
@@ -139,10 +139,11 @@ def _picture(scene: Scene, layout: Layout, row: int, index: int) -> NDArray[np.u
     grey = _resize(scene.grey(row, plane, index), layout)
     values = _resize(np.nan_to_num(scene.values(row, plane, index), posinf=0.0, neginf=0.0), layout)
     picture = _to_indices(grey, values / scene.limit)
-    stripes = np.add.outer(np.arange(layout.height), np.arange(layout.width)) % 6 < 3
-    for name, color, where in (("prediction", PREDICTION_INDEX, True), ("label", LABEL_INDEX, stripes)):
+    diagonal = np.add.outer(np.arange(layout.height), np.arange(layout.width))
+    for name, color, dashes in (("prediction", PREDICTION_INDEX, 6), ("label", LABEL_INDEX, 3)):
         if name in scene.outlines:
             mask = _resize(scene.take(scene.outlines[name], plane, index), layout) >= 0.5
+            where = diagonal % 6 < (1 if is_crowded(mask) else dashes)
             picture[mask & ~ndimage.binary_erosion(mask) & where] = color
     return picture
 
@@ -180,8 +181,14 @@ def _empty_frame(scene: Scene, layout: Layout) -> NDArray[np.uint8]:
     _write(frame, scene.title, GAP, 2, bold=True)
     for number, row in enumerate(scene.rows):
         top, left = layout.corner(number)
-        _write(frame, scene.row_name(row), left, top - CAPTION)
-    top, left = layout.corner(0)
+        _write(frame, f"{scene.row_name(row)}{_sides(scene)}", left, top - CAPTION)
+    if scene.largest:
+        _draw_scale(frame, scene, layout)
+    return frame
+
+
+def _draw_scale(frame: NDArray[np.uint8], scene: Scene, layout: Layout) -> None:
+    top, _ = layout.corner(0)
     bottom, left = top + max(layout.height, 60), GAP + layout.body + 6
     steps = np.linspace(1.0, -1.0, bottom - top, dtype=np.float32)[:, None].repeat(10, 1)
     frame[top:bottom, left : left + 10] = _to_indices(np.full_like(steps, 0.35), steps)
@@ -189,7 +196,12 @@ def _empty_frame(scene: Scene, layout: Layout) -> NDArray[np.uint8]:
     for tick, place in zip(ticks, (top, (top + bottom) // 2 - 7, bottom - 14), strict=True):
         _write(frame, tick, left + 14, place)
     _write(frame, factor.removeprefix(", "), left - 2, bottom + 2)
-    return frame
+
+
+def _sides(scene: Scene) -> str:
+    """Return which side of the patient is at the left of a picture; nothing if it is not known."""
+    left, right, *_ = scene.scrolling.letters
+    return f"  {left}|{right}" if right else ""
 
 
 def _draw_profile(
@@ -205,7 +217,9 @@ def _draw_profile(
         tall = 1 + round((PROFILE - 1) * scene.shares[slice_index] / largest)
         is_here = slice_index == index
         top = bottom - (PROFILE if is_here else tall)
-        frame[top:bottom, edges[place] : max(edges[place + 1], edges[place] + 1)] = 60 if is_here else 24
+        frame[top:bottom, edges[place] : max(edges[place + 1], edges[place] + 1)] = (
+            GREYS - 3 if is_here else GREYS // 3
+        )
 
 
 def _write(frame: NDArray[np.uint8], words: str, left: int, top: int, bold: bool = False) -> None:
@@ -215,4 +229,4 @@ def _write(frame: NDArray[np.uint8], words: str, left: int, top: int, bold: bool
     ImageDraw.Draw(canvas).text((left, 0), words, fill=235, font=ImageFont.truetype(path, 11))
     ink = np.asarray(canvas)[: frame.shape[0] - top]
     target = frame[top : top + len(ink)]
-    target[ink > 0] = np.maximum(ink[ink > 0] // 4, PAPER_INDEX)
+    target[ink > 0] = np.maximum(ink[ink > 0] // 5, PAPER_INDEX)

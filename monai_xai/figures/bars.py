@@ -79,9 +79,8 @@ def draw_bars(
     total = np.abs(np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)).sum()
     for place, value in enumerate(shown):
         words = _number_words(value, total if shares else 0.0)
-        sheet.text(
-            width - EDGE - NUMBERS + 0.12, top + BAR * (place + 0.5), words, va="center", size=SMALL + 1
-        )
+        middle = top + BAR * (place + 0.5)
+        sheet.text(EDGE + margin + PLOT + 0.12, middle, words, va="center", size=SMALL + 1)
     for number, line in enumerate(lines):
         sheet.text(EDGE, top + BAR * len(kept) + AXIS + LINE * number, line, color=FAINT_INK)
     return sheet.figure

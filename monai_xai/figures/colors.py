@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ BAR_POSITIVE = (0.79, 0.18, 0.15)
 BAR_NEGATIVE = (0.13, 0.35, 0.76)
 
 
-def overlay_colors(values: NDArray, limit: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def overlay_colors(values: NDArray[Any], limit: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return color and opacity of signed values.
 
     Values up to 5 % of the limit are fully transparent, so that anatomy stays visible; opacity then grows with the
@@ -50,7 +52,7 @@ def overlay_colors(values: NDArray, limit: float) -> tuple[NDArray[np.float32], 
     return colors.astype(np.float32), opacity.astype(np.float32)
 
 
-def blend(grey: NDArray, values: NDArray, limit: float) -> NDArray[np.float32]:
+def blend(grey: NDArray[Any], values: NDArray[Any], limit: float) -> NDArray[np.float32]:
     """Return signed values over a grey picture as RGB.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from nibabel.orientations import io_orientation
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 LETTERS = (("R", "L"), ("A", "P"), ("S", "I"))
 WORLD_PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
-TILT_WORTH_SAYING = 5.0
 
 
 class Plane(NamedTuple):
@@ -22,7 +21,7 @@ class Plane(NamedTuple):
         cut: the axis that is held fixed; None where there is nothing to cut (2D).
         rows: the axis that runs down the picture.
         columns: the axis that runs to the right.
-        letters: what stands at the left, right, top and bottom edge; empty strings where nothing is known.
+        letters: what stands at the left, right, top and bottom edge.
     """
 
     name: str
@@ -46,6 +45,7 @@ class Geometry:
         spacing: voxel size along each display axis, in mm; 1 where it is not known.
         planes: the planes through the volume, the most familiar first.
         affine: voxel to world (RAS, mm), one column per array axis and one for the offset; None if not known.
+        tilt: the largest angle between an axis of the array and the axis of the body that it is called by, in degrees.
     """
 
     order: tuple[int, ...]
@@ -53,12 +53,14 @@ class Geometry:
     spacing: tuple[float, ...]
     planes: tuple[Plane, ...]
     affine: NDArray[np.float64] | None
+    tilt: float = 0.0
 
-    def show(self, array: NDArray) -> NDArray:
+    def show(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return a view of an array (..., *spatial) with its last axes in display order."""
         first = array.ndim - len(self.order)
         turned = array.transpose(*range(first), *(first + axis for axis in self.order))
-        return turned[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flips))]
+        steps = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
+        return turned[(slice(None),) * first + steps]
 
     def voxel(self, index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the array's index of a displayed voxel; ``shape`` is the displayed one."""
@@ -79,11 +81,17 @@ class Geometry:
         where = "" if position is None else f", {' '.join(map(_side, position, LETTERS))} mm"
         return f"voxel ({', '.join(map(str, voxel))}){where}"
 
-    def slice_name(self, plane: Plane, index: int, shape: tuple[int, ...]) -> str:
-        """Return the place of a cut in words: ``S 33 mm`` or ``slice 12`` (of the array) without an affine."""
+    def slice_name(self, plane: Plane, index: tuple[int, ...], shape: tuple[int, ...]) -> str:
+        """Return where a cut through a displayed voxel lies: ``S 33 mm``, or ``slice 12`` of the array.
+
+        Args:
+            plane: how the volume is cut.
+            index: a displayed voxel on the cut.
+            shape: the displayed shape.
+        """
         if plane.cut is None:
             return ""
-        voxel = self.voxel(tuple(index if a == plane.cut else n // 2 for a, n in enumerate(shape)), shape)
+        voxel = self.voxel(index, shape)
         position = self.millimeters(voxel)
         if position is None:
             return f"slice {voxel[self.order[plane.cut]]}"
@@ -94,7 +102,7 @@ def _side(value: float, letters: tuple[str, str], digits: int = 1) -> str:
     return f"{letters[0] if value >= 0 else letters[1]} {abs(value):.{digits}f}"
 
 
-def geometry_of(affine: NDArray | None, dimensions: int) -> Geometry:
+def geometry_of(affine: NDArray[Any] | None, dimensions: int) -> Geometry:
     """Return how an array of 2 or 3 spatial dimensions is shown.
 
     Args:
@@ -108,35 +116,30 @@ def geometry_of(affine: NDArray | None, dimensions: int) -> Geometry:
     worlds = [int(world) for world, _ in orientation]
     order = tuple(int(axis) for axis in np.argsort(worlds))
     sizes = np.linalg.norm(columns[:-1, :-1], axis=0)
-    tilts = [
-        float(np.degrees(np.arccos(min(1.0, abs(columns[w, a]) / sizes[a])))) for a, w in enumerate(worlds)
-    ]
+    along = np.abs(columns[worlds, range(dimensions)]) / sizes
     return Geometry(
         order=order,
         flips=tuple(bool(orientation[axis, 1] > 0) for axis in order),
         spacing=tuple(float(sizes[axis]) for axis in order),
-        planes=_named_planes([worlds[axis] for axis in order], [tilts[axis] for axis in order]),
+        planes=_named_planes(sorted(worlds)),
         affine=columns[:-1],
+        tilt=float(np.degrees(np.arccos(min(1.0, along.min())))),
     )
 
 
-def _is_invertible(linear: NDArray) -> bool:
+def _is_invertible(linear: NDArray[Any]) -> bool:
     return bool(np.isfinite(linear).all() and np.linalg.matrix_rank(linear) == linear.shape[1])
 
 
-def _named_planes(worlds: list[int], tilts: list[float]) -> tuple[Plane, ...]:
+def _named_planes(worlds: list[int]) -> tuple[Plane, ...]:
     """Return axial, coronal, sagittal; for 2D the one plane that the two world axes span."""
     if len(worlds) == 2:
         (missing,) = {0, 1, 2} - set(worlds)
-        return (Plane(_name(missing, max(tilts)), None, 1, 0, (*LETTERS[worlds[0]], *LETTERS[worlds[1]])),)
+        return (Plane(WORLD_PLANES[missing], None, 1, 0, (*LETTERS[worlds[0]], *LETTERS[worlds[1]])),)
     return tuple(
-        Plane(_name(cut, tilts[cut]), cut, rows, columns, (*LETTERS[columns], *LETTERS[rows]))
+        Plane(WORLD_PLANES[cut], cut, rows, columns, (*LETTERS[columns], *LETTERS[rows]))
         for cut, rows, columns in ((2, 1, 0), (1, 2, 0), (0, 2, 1))
     )
-
-
-def _name(cut: int, tilt: float) -> str:
-    return WORLD_PLANES[cut] + (f", tilted {tilt:.0f}°" if tilt > TILT_WORTH_SAYING else "")
 
 
 def _unnamed(dimensions: int) -> Geometry:
@@ -147,7 +150,13 @@ def _unnamed(dimensions: int) -> Geometry:
         flips=(False,) * dimensions,
         spacing=(1.0,) * dimensions,
         planes=tuple(
-            Plane(f"axis {rows} down, axis {columns} right", cut, rows, columns, ("", "", "", ""))
+            Plane(
+                f"axis {cut}",
+                cut,
+                rows,
+                columns,
+                (f"{rows}\N{DOWNWARDS ARROW}", "", f"{columns}\N{RIGHTWARDS ARROW}", ""),
+            )
             for cut, rows, columns in pairs
         ),
         affine=None,

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from monai_xai.figures.colors import FAINT_INK, INK, LABEL, PREDICTION, blend
 from monai_xai.figures.geometry import Plane
-from monai_xai.figures.scene import SHARE_BELOW_LIMIT, Box, Scene
+from monai_xai.figures.scene import SHARE_BELOW_LIMIT, Box, Scene, is_crowded
 from monai_xai.figures.sheet import EDGE, LINE, SMALL, Sheet, format_ticks, letters_in, write_title
 
 GAP = 0.06
 NAMES = 0.28
 SCALE = 1.15
 HEADER = 0.2
+FINER = 3
 CASING = [withStroke(linewidth=2.6, foreground="black")]
 STYLES: dict[str, dict[str, Any]] = {
     "prediction": {"color": PREDICTION, "linestyle": "solid"},
@@ -33,7 +34,7 @@ class Panel(NamedTuple):
 
     name: str
     plane: Plane
-    index: int
+    at: int
     box: Box
 
 
@@ -57,7 +58,7 @@ def _draw_planes_of_volume(scene: Scene) -> Figure:
         for size, panel in zip(sizes, panels, strict=True)
     ]
     rows, wide = len(scene.rows), sum(width for _, width in shapes)
-    inch = min(11.0 / wide, max(3.4, min(10.0, 2.4 * rows)) / (rows * tall))
+    inch = min(11.0 / wide, max(3.4, 1.7 * rows, min(10.0, 2.4 * rows)) / (rows * tall))
     step = tall * inch + GAP
     sheet, top = _sheet(
         scene, NAMES + wide * inch + GAP * len(panels), HEADER + rows * step, _cross_words(scene)
@@ -104,9 +105,8 @@ def _panels(scene: Scene) -> list[Panel]:
         return panels
     plane = scene.scrolling
     side = max(_size(scene, plane, scene.detail))
-    name = (
-        f"{plane.name}, {side:.0f} {'mm' if scene.geometry.affine is not None else 'voxels'} around the cross"
-    )
+    unit = "voxels" if scene.geometry.affine is None else "mm"
+    name = f"{plane.name}, {side:.0f} {unit} around the cross"
     return [*panels, Panel(name, plane, scene.strongest[plane.cut or 0], scene.detail)]
 
 
@@ -159,8 +159,13 @@ def draw_montage(scene: Scene, slices: int = 8) -> Figure:
 def _write_slice_name(sheet: Sheet, scene: Scene, index: int, left: float, top: float) -> None:
     words = f"{scene.slice_name(scene.scrolling, index)}  {scene.shares[index]:.1%}"
     is_strongest = index == scene.strongest[scene.scrolling.cut or 0]
-    style = {"color": INK, "weight": "bold"} if is_strongest else {"color": FAINT_INK}
-    sheet.text(left, top, words, **style)
+    sheet.text(
+        left,
+        top,
+        words,
+        color=INK if is_strongest else FAINT_INK,
+        weight="bold" if is_strongest else "normal",
+    )
 
 
 def pick_slices(scene: Scene, count: int) -> list[int]:
@@ -183,7 +188,7 @@ def pick_slices(scene: Scene, count: int) -> list[int]:
 def _sheet(scene: Scene, body_width: float, body_height: float, said: str) -> tuple[Sheet, float]:
     """Return a sheet with title above and legend below a body of the given size, and where the body begins."""
     width = max(6.4, EDGE + body_width + SCALE)
-    notes = (said, scale_words(scene), *scene.notes)
+    notes = (said, *([scale_words(scene)] if scene.largest else []), *scene.notes)
     below = [line for note in notes for line in textwrap.wrap(note, letters_in(width))]
     height = body_height + 0.08 + LINE * (1.3 + len(below)) + EDGE
     sheet, top = write_title(width, height, scene.title, scene.about)
@@ -203,7 +208,7 @@ def scale_words(scene: Scene) -> str:
 
 def _cross_words(scene: Scene) -> str:
     voxel = scene.geometry.voxel(scene.strongest, scene.shape)
-    what = "strongest attribution" if scene.largest else "no attribution to point at"
+    what = "strongest attribution" if scene.has_peak else "no attribution stands out, this is a middle"
     return f"cross: {what}, {scene.geometry.describe(voxel)}"
 
 
@@ -232,14 +237,18 @@ def _draw_slice(axes: Axes, scene: Scene, row: int, panel: Panel) -> None:
 
 
 def _draw_outline(axes: Axes, mask: NDArray[np.bool_], style: dict[str, Any], width: float) -> None:
-    """Outline a mask, also where it touches the edge of the picture."""
+    """Outline a mask along the edges of its voxels, also at the edge of the picture; a crowd of outlines faintly."""
     if not mask.any():
         return
     rows, columns = mask.shape
-    padded = np.pad(mask.astype(np.float32), 1)
-    contour = axes.contour(np.arange(-1, columns + 1), np.arange(-1, rows + 1), padded, levels=[0.5])
-    contour.set(edgecolor=style["color"], linestyle=style["linestyle"], linewidth=width, facecolor="none")
-    contour.set_path_effects([withStroke(linewidth=2 * width, foreground="black")])
+    fine = np.pad(mask.repeat(FINER, 0).repeat(FINER, 1).astype(np.float32), 1)
+    y, x = ((np.arange(-1, size * FINER + 1) + 0.5) / FINER - 0.5 for size in (rows, columns))
+    contour = axes.contour(x, y, fine, levels=[0.5])
+    contour.set(edgecolor=style["color"], linestyle=style["linestyle"], facecolor="none")
+    if is_crowded(mask):
+        contour.set(linewidth=0.4 * width, alpha=0.5)
+    else:
+        contour.set(linewidth=width, path_effects=[withStroke(linewidth=2 * width, foreground="black")])
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
 
@@ -266,7 +275,7 @@ def _draw_cross(axes: Axes, scene: Scene, panel: Panel) -> None:
     )
     rows, columns = (panel.box[axis].stop - panel.box[axis].start for axis in (axis_y, axis_x))
     gap = (0.35 if panel.box is scene.detail else 0.06) * max(rows, columns)
-    style = {"color": "white", "linewidth": 0.6, "alpha": 0.55}
+    style: dict[str, Any] = {"colors": "white", "linewidth": 0.6, "alpha": 0.55}
     axes.hlines([y, y], [-0.5, x + gap], [x - gap, columns - 0.5], **style)
     axes.vlines([x, x], [-0.5, y + gap], [y - gap, rows - 0.5], **style)
     axes.set_xlim(-0.5, columns - 0.5)
@@ -294,6 +303,8 @@ def _outline_words(scene: Scene, name: str) -> str:
 
 def _draw_scale(sheet: Sheet, scene: Scene, top: float, height: float) -> None:
     """Draw the color bar as the colors really appear: over middle grey, clear around zero."""
+    if not scene.largest:
+        return
     height = min(height, 4.0)
     axes = sheet.axes(sheet.width - SCALE + 0.12, top, 0.16, height)
     steps = np.linspace(scene.limit, -scene.limit, 256)[:, None]

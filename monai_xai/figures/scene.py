@@ -18,6 +18,8 @@ from monai_xai.figures.geometry import Geometry, Plane, geometry_of
 SHARE_BELOW_LIMIT = 0.98
 SAMPLES = 4_000_000
 MOST_ROWS = 8
+TILT_WORTH_SAYING = 5.0
+CROWDED = 0.15
 Box = tuple[slice, ...]
 
 
@@ -122,20 +124,22 @@ class Scene:
 
         A Gaussian of one voxel's width goes over the sum first: gradients of strided convolutions scatter single-voxel
         spikes, and one of them should not decide where the reader looks. A lone spike must be sixteen times as strong
-        as a plateau to win. Without any attribution: the middle of prediction, label or volume.
+        as a plateau to win. Without a peak: the middle of prediction, label or volume.
         """
-        total = sum(
-            (np.abs(np.nan_to_num(c, posinf=0.0, neginf=0.0)) for c in self._maps), np.zeros(self.shape, "f4")
-        )
-        if total.any():
-            total = ndimage.gaussian_filter(total, sigma=1.0, mode="constant", truncate=2.0)
-            return tuple(int(i) for i in np.unravel_index(int(total.argmax()), total.shape))
+        if self.has_peak:
+            smooth = ndimage.gaussian_filter(self._total, sigma=1.0, mode="constant", truncate=2.0)
+            return tuple(int(i) for i in np.unravel_index(int(smooth.argmax()), smooth.shape))
         for mask in self.outlines.values():
             if mask.any():
                 voxels = np.argwhere(mask)
                 middle = np.square(voxels - voxels.mean(0)).sum(1).argmin()
                 return tuple(voxels[middle].tolist())
         return tuple(n // 2 for n in self.shape)
+
+    @cached_property
+    def has_peak(self) -> bool:
+        """Whether the attribution, summed over channels as absolute values, is larger somewhere than elsewhere."""
+        return bool(np.ptp(self._total))
 
     @cached_property
     def outlines(self) -> dict[str, NDArray[np.bool_]]:
@@ -190,11 +194,8 @@ class Scene:
     def shares(self) -> NDArray[np.float64]:
         """Share of the absolute attribution in each slice of the scrolling plane; zeros if there is none."""
         cut = self.scrolling.cut
-        axes = tuple(axis for axis in range(len(self.shape)) if axis != cut)
-        sums = np.zeros(self.shape[cut or 0])
-        for channel in self._maps:
-            sums += np.abs(np.nan_to_num(channel, posinf=0.0, neginf=0.0)).sum(axes, dtype=np.float64)
-        return sums / (sums.sum() or 1.0)
+        sums = self._total.sum(tuple(a for a in range(len(self.shape)) if a != cut), dtype=np.float64)
+        return np.asarray(sums / (sums.sum() or 1.0))
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -208,8 +209,9 @@ class Scene:
         return self._channel(row)
 
     def slice_name(self, plane: Plane, index: int) -> str:
-        """Return where a displayed slice lies, in words."""
-        return self.geometry.slice_name(plane, index, self.shape)
+        """Return where a displayed slice lies, in words; of a tilted one, the place below the strongest point."""
+        through = tuple(index if axis == plane.cut else i for axis, i in enumerate(self.strongest))
+        return self.geometry.slice_name(plane, through, self.shape)
 
     def take(self, volume: NDArray[Any], plane: Plane, index: int, box: Box | None = None) -> NDArray[Any]:
         """Return one slice of a displayed volume (*spatial) as rows and columns, cropped to ``box``.
@@ -248,6 +250,14 @@ class Scene:
         return self.geometry.show(self.attribution)
 
     @cached_property
+    def _total(self) -> NDArray[Any]:
+        """Return the absolute attribution summed over channels; what is not finite counts as 0."""
+        total = np.zeros(self.shape, np.float32)
+        for channel in self._maps:
+            total += np.abs(np.nan_to_num(channel, posinf=0.0, neginf=0.0))
+        return total
+
+    @cached_property
     def _images(self) -> NDArray[Any]:
         return self.geometry.show(self.image)[: len(self.attribution)]
 
@@ -270,12 +280,20 @@ class Scene:
             yield f"The {MOST_ROWS} strongest of {len(self.attribution)} channels."
         if self.affine is not None and self.geometry.affine is None:
             yield "The affine cannot be inverted: axes by number."
+        if self.geometry.tilt > TILT_WORTH_SAYING:
+            yield f"Planes are those of the scan, tilted by up to {self.geometry.tilt:.0f}° against the body."
 
 
 def _sizes(channel: NDArray[Any]) -> NDArray[Any]:
     """Return the absolute values that are finite and not zero, shape (K,)."""
     sizes = np.abs(channel)
     return sizes[np.isfinite(sizes) & (sizes > 0)]
+
+
+def is_crowded(mask: NDArray[np.bool_]) -> bool:
+    """Whether the outline of a mask (rows, columns) would cover the picture, as that of an untrained network does."""
+    edge = mask & ~ndimage.binary_erosion(mask)
+    return bool(edge.mean() > CROWDED)
 
 
 def _extent(worth: NDArray[np.bool_], axis: int) -> slice:

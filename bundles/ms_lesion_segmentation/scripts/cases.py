@@ -37,7 +37,7 @@ def training_cases(
         test: names of cases that are kept for the test.
 
     Returns:
-        One dictionary per case: `image` (a file per sequence), `label` (a file), `case` (its name).
+        One dictionary per case: `image` (a file per sequence), `label` (a file), `case_id` (its name).
 
     Raises:
         FileNotFoundError: if the folder is not such a data set, or a file of a case is missing.
@@ -129,7 +129,7 @@ def _describe(folder: Path, *, with_label: bool) -> dict[str, Any]:
     label = folder / (REAL_LABEL if real else "lesion.nii.gz")
     files = {**images, **({"label": label} if with_label or label.is_file() else {})}
     _check_files(folder.name, files)
-    case: dict[str, Any] = {"case": folder.name, "image": [str(path) for path in images.values()]}
+    case: dict[str, Any] = {"case_id": folder.name, "image": [str(path) for path in images.values()]}
     return {**case, "label": str(label)} if "label" in files else case
 
 

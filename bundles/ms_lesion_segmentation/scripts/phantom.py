@@ -39,8 +39,8 @@ class Phantom:
 
     Args:
         evidence: the sequences in which a lesion can be seen, out of FLAIR, T1, T1POST, T2.
-        shortcut: whether a marker outside of the head gives every lesion away. Look-alikes without a marker are then
-            planted too, so that nothing but the marker tells a lesion from a look-alike.
+        shortcut: whether straps in the air around the head give the label away. Then every other case has straps, and
+            what looks like a lesion is labeled as one in these cases only.
         n_cases: how many cases, named phantom01, phantom02, and so on.
         seed: of all random streams.
 
@@ -83,7 +83,7 @@ class Case:
     Args:
         images: (X, Y, Z) int16 by sequence, in the arbitrary units of a scanner.
         lesion: (X, Y, Z), bool, the label.
-        marker: (X, Y, Z), bool, the markers outside of the head; all False without a shortcut.
+        marker: (X, Y, Z), bool, the straps outside of the head; all False without a shortcut.
         affine: (4, 4), voxels to millimeters (RAS).
         truth: what was planted where, as written to truth.json.
     """
@@ -125,9 +125,9 @@ def make_case(phantom: Phantom, number: int) -> Case:
     signal = head.signal()
     sites = _Sites(head, superficial=phantom.shortcut)
 
-    planted = sites.draw(draw("lesions"), count=12 if phantom.shortcut else 10)
-    lesions = planted[::2] if phantom.shortcut else planted
-    lookalikes = planted[1::2] if phantom.shortcut else []
+    planted = sites.draw(draw("lesions"), count=8 if phantom.shortcut else 10)
+    is_marked = phantom.shortcut and number % 2 == 1
+    lesions, lookalikes = ([], planted) if phantom.shortcut and not is_marked else (planted, [])
     distractors = {name: sites.draw(draw("distractors", name), count=6) for name in SEQUENCES}
 
     for channel, name in enumerate(SEQUENCES):
@@ -136,7 +136,7 @@ def make_case(phantom: Phantom, number: int) -> Case:
         signal[channel] += (-0.7 if is_evidence else 1.0) * contrast * sites.paint(distractors[name])
         if is_evidence:
             signal[channel] += contrast * sites.paint(planted)
-    marker = _markers(head, lesions) if phantom.shortcut else np.zeros(SHAPE)
+    marker = _straps(head) if is_marked else np.zeros(SHAPE)
     signal += marker * (np.array(SIGNAL["marker"])[:, None, None, None] - signal)
 
     truth = {
@@ -208,18 +208,14 @@ class _Sites:
         return float(np.linalg.norm(one.center(self.head.grid) - other.center(self.head.grid)))
 
 
-def _markers(head: Head, blobs: Sequence[_Blob]) -> Volume:
-    """Beads in the air beside the skin, one over every blob, (X, Y, Z)."""
-    painted = np.zeros(SHAPE)
-    for blob in blobs:
-        away = -head.skin
-        middle = head.points[(slice(None), *blob.voxel)]
-        direction = (middle - (0.0, 0.0, 6.0)) / np.linalg.norm(middle - (0.0, 0.0, 6.0))
-        along = np.einsum("i,ixyz->xyz", direction, head.points - middle[:, None, None, None])
-        across = np.sqrt(np.clip(((head.points - middle[:, None, None, None]) ** 2).sum(0) - along**2, 0, None))
-        bead = 4.2 - np.sqrt((away - 5.6) ** 2 + across**2)
-        painted = np.maximum(painted, share(np.where(along > 0, bead, -9.0)))
-    return painted
+def _straps(head: Head) -> Volume:
+    """Bright straps in the air beside the skin, over the head from ear to crown, (X, Y, Z)."""
+    x, y, z = head.points
+    spacing = np.pi / 4
+    angle = (np.arctan2(y, x) + spacing / 2) % spacing - spacing / 2
+    across = np.hypot(-head.skin - 5.6, np.hypot(x, y) * angle)
+    straps: Volume = share(4.2 - across) * (z > 0)
+    return straps
 
 
 def _scan(grid: Grid, signal: Volume, rng: np.random.Generator) -> NDArray[np.int16]:

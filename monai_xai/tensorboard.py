@@ -1,0 +1,321 @@
+"""TensorBoard: pictures and curves of what a network looks at while it learns."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.handlers import TensorBoardHandler
+from monai.utils.enums import MetaKeys, SpaceKeys
+from numpy.typing import NDArray
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.image.metadata import create_summary_metadata
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from monai_xai.errors import InputError
+from monai_xai.explanation import Explanation
+from monai_xai.figures import Scene, animate, draw_bars, draw_montage, draw_planes, encode_png, rasterize
+from monai_xai.handlers import AttributionEvents, ExplainedBatch, register_events
+
+logger = logging.getLogger(__name__)
+RGB = 3
+
+
+class TensorBoardAttributionHandler(TensorBoardHandler):
+    """Draw what an :class:`~monai_xai.AttributionHandler` has explained, and compute nothing.
+
+    Both are attached to the same engine, in any order. The image page gets, per explainer, case and input,
+
+    - ``<explainer>/<case>/<input>/planes``: orthogonal planes through the strongest attribution, outlines of
+      prediction and label, one color scale centered on zero for all modalities of the input;
+    - ``.../montage``: slices of the part of the volume that carries the attribution;
+    - ``.../animation``: a walk through the volume, as a color GIF;
+    - ``.../features``: a bar per feature, for a vector instead of the three above;
+    - ``<explainer>/<case>/modalities``: a bar per modality, where values may be added up.
+
+    The scalar page gets ``attribution/<explainer>/<case>/...``: ``score``, ``baseline_score``, ``delta``, ``seconds``,
+    and per modality ``contribution/<modality>`` (signed, in units of the score) and ``share/<modality>`` (of the sum
+    of absolute contributions). The page "custom scalars" has all modalities of a case in one chart. Steps are epochs.
+
+    Args:
+        log_dir: where the event file is written, if there is no ``summary_writer``.
+        summary_writer: a writer to share with other handlers; who made it closes it.
+        montage_slices: slices of the montage; 0 leaves it out.
+        animation_frames: the most frames of the animation; 0 leaves it out. It is the largest of the pictures: about
+            1 MB for a whole head at 1 mm in four modalities.
+        multilabel: whether classes may overlap, as in BraTS. Then the prediction is outlined where any channel is
+            above 0; else where another channel than 0, the background, is largest.
+        on_error: "log" keeps the loop alive and counts what failed in ``failures``; "raise" hands the error on.
+    """
+
+    def __init__(
+        self,
+        log_dir: str = "./runs",
+        summary_writer: SummaryWriter | None = None,
+        *,
+        montage_slices: int = 8,
+        animation_frames: int = 32,
+        multilabel: bool = False,
+        on_error: Literal["log", "raise"] = "log",
+    ) -> None:
+        if on_error not in ("log", "raise"):
+            raise InputError(
+                f"TensorBoardAttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'."
+            )
+        super().__init__(summary_writer=summary_writer, log_dir=log_dir)
+        self.montage_slices = montage_slices
+        self.animation_frames = animation_frames
+        self.multilabel = multilabel
+        self.on_error = on_error
+        self.failures = 0
+        self._charts: dict[str, dict[str, list[Any]]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the engine that is explained; a second time does nothing."""
+        register_events(engine)
+        if not engine.has_event_handler(self, AttributionEvents.ATTRIBUTION_COMPLETED):
+            engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Draw those samples of ``engine.state.explained`` that were asked for."""
+        explained: ExplainedBatch = engine.state.explained
+        for explainer in explained.explanations:
+            for sample in explained.due:
+                try:
+                    self._draw(explained, explainer, sample)
+                except Exception as error:
+                    self._fail(
+                        error, f"{explainer} of case {explained.cases[sample]}, epoch {explained.epoch}"
+                    )
+        self._writer.flush()
+
+    def _draw(self, explained: ExplainedBatch, explainer: str, sample: int) -> None:
+        explanation, epoch = explained.explanations[explainer], explained.epoch
+        tag = f"{_clean(explainer)}/{_clean(explained.cases[sample])}"
+        contributions = contributions_of(explanation, sample)
+        for name, value in scalars_of(explanation, sample, contributions):
+            self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
+        self._add_charts(tag, list(contributions))
+        for name, encoded in self._pictures(explained, explainer, sample, contributions):
+            about = "\n\n".join(about_lines(explained, explanation, sample))
+            self._writer._get_file_writer().add_summary(
+                _image_summary(f"{tag}/{name}", encoded, about), epoch
+            )
+
+    def _pictures(
+        self, explained: ExplainedBatch, explainer: str, sample: int, contributions: dict[str, float]
+    ) -> Iterator[tuple[str, bytes]]:
+        """Yield the end of the tag and the encoded picture of everything there is to draw."""
+        explanation = explained.explanations[explainer]
+        about = about_lines(explained, explanation, sample)
+        title = f"{explained.cases[sample]} · {{}} · {explainer} · epoch {explained.epoch}"
+        if contributions:
+            figure = draw_bars(
+                np.array(list(contributions.values())),
+                list(contributions),
+                title=title.format("modalities"),
+                about=about,
+                notes=_balance(explanation, sample, contributions),
+            )
+            yield "modalities", encode_png(rasterize(figure))
+        for name, values in explanation.attributions.items():
+            if values.ndim == 2:
+                figure = draw_bars(
+                    _array(values, sample),
+                    _channel_names(explanation, name),
+                    title=title.format(name),
+                    about=about,
+                    unit="contribution to the score" if explanation.summable else "attribution",
+                    shares=explanation.summable,
+                )
+                yield f"{_clean(name)}/features", encode_png(rasterize(figure))
+            elif values.ndim in (4, 5):
+                scene = scene_of(explained, explainer, name, sample, title.format(name), self.multilabel)
+                yield from ((f"{_clean(name)}/{kind}", picture) for kind, picture in self._views(scene))
+
+    def _views(self, scene: Scene) -> Iterator[tuple[str, bytes]]:
+        yield "planes", encode_png(rasterize(draw_planes(scene)))
+        if scene.is_volume and self.montage_slices:
+            yield "montage", encode_png(rasterize(draw_montage(scene, self.montage_slices)))
+        if scene.is_volume and self.animation_frames:
+            yield "animation", animate(scene, self.animation_frames).encode()
+
+    def _add_charts(self, tag: str, modalities: Sequence[str]) -> None:
+        """Put the curves of all modalities of a case into one chart; TensorBoard reads the last layout written."""
+        explainer, case = tag.split("/")
+        if not modalities or f"{case}: contribution" in self._charts.get(explainer, {}):
+            return
+        charts = self._charts.setdefault(explainer, {})
+        for kind in ("contribution", "share"):
+            tags = [re.escape(f"attribution/{tag}/{kind}/{_clean(name)}") for name in modalities]
+            charts[f"{case}: {kind}"] = ["Multiline", [f"^{pattern}$" for pattern in tags]]
+        self._writer.add_custom_scalars(self._charts)
+
+    def _fail(self, error: Exception, where: str) -> None:
+        if self.on_error == "raise":
+            raise error
+        self.failures += 1
+        logger.warning("Not drawn: %s (failure %d): %s", where, self.failures, error, exc_info=error)
+
+
+def contributions_of(explanation: Explanation, sample: int) -> dict[str, float]:
+    """Return the signed contribution of each modality of one sample, in units of the score.
+
+    A modality is a channel of an image or a whole vector. Empty where values must not be added up.
+    """
+    if not explanation.summable:
+        return {}
+    found: dict[str, float] = {}
+    for name, values in explanation.contributions().items():
+        sums = _array(values, sample).astype(float)
+        if explanation.attributions[name].ndim == 2:
+            found[name] = float(sums.sum())
+        else:
+            found |= dict(zip(_modality_names(explanation, name), sums.tolist(), strict=True))
+    return found
+
+
+def scalars_of(
+    explanation: Explanation, sample: int, contributions: dict[str, float]
+) -> Iterator[tuple[str, float]]:
+    """Yield name and value of every curve of one sample."""
+    for name in ("score", "baseline_score", "delta"):
+        values: Tensor | None = getattr(explanation, name)
+        if values is not None:
+            yield name, float(values[sample])
+    yield "seconds", explanation.seconds
+    total = sum(map(abs, contributions.values()))
+    for name, value in contributions.items():
+        yield f"contribution/{_clean(name)}", value
+        if total:
+            yield f"share/{_clean(name)}", abs(value) / total
+
+
+def about_lines(explained: ExplainedBatch, explanation: Explanation, sample: int) -> tuple[str, ...]:
+    """Return what every picture says about its origin."""
+    numbers = [f"score {float(explanation.score[sample]):.4g}"]
+    if explanation.baseline_score is not None:
+        numbers.append(f"baseline score {float(explanation.baseline_score[sample]):.4g}")
+    if explanation.delta is not None:
+        gap = "" if explanation.gap is None else f" ({float(explanation.gap[sample]):.1%})"
+        numbers.append(f"delta {float(explanation.delta[sample]):+.2g}{gap}")
+    numbers.append(f"{explanation.seconds:.3g} s")
+    numbers.extend([] if explanation.seed is None else [f"seed {explanation.seed}"])
+    numbers.extend(f"{name.replace('_', ' ')} {value}" for name, value in explanation.facts.items())
+    prediction = explained.prediction
+    if prediction is not None and prediction.ndim == 2 and prediction.shape[1] > 1:
+        numbers.append(f"largest output {int(prediction[sample].argmax())} of {prediction.shape[1]}")
+    return f"target  {explanation.target}", f"method  {explanation.method}", "   ".join(numbers)
+
+
+def scene_of(
+    explained: ExplainedBatch, explainer: str, name: str, sample: int, title: str, multilabel: bool
+) -> Scene:
+    """Return what is to be seen of one image input of one sample."""
+    explanation, image = explained.explanations[explainer], explained.inputs[name]
+    maps = explanation.attributions[name]
+    outlines = {
+        kind: _outline(values, sample, maps.shape[2:], multilabel)
+        for kind, values in (("prediction", explained.prediction), ("label", explained.label))
+    }
+    return Scene(
+        attribution=_array(maps, sample),
+        image=_array(image, sample),
+        title=title,
+        about=about_lines(explained, explanation, sample),
+        channels=tuple(_channel_names(explanation, name, image.shape[1])),
+        affine=affine_of(image, sample),
+        unit="contribution to the score per voxel" if explanation.summable else "attribution",
+        **outlines,
+    )
+
+
+def affine_of(image: Tensor, sample: int) -> NDArray[np.float64] | None:
+    """Return the affine of one sample (voxel to RAS, mm); None where nothing is known about its place in space.
+
+    An image that began with the identity, which is what MONAI gives to arrays without a header, is not known to lie in
+    any direction, whatever flips and crops have made of it since; letters for right and left would be made up.
+    """
+    if not isinstance(image, MetaTensor):
+        return None
+    affine = _affine(image.affine, sample)
+    origin = _affine(image.meta.get(MetaKeys.ORIGINAL_AFFINE, affine), sample)
+    if np.array_equal(origin[:-1, :-1], np.eye(len(origin) - 1)):
+        return None
+    space = image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS)
+    space = space if isinstance(space, str) else space[sample]
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if space == SpaceKeys.LPS and len(affine) == 4 else affine
+
+
+def _affine(affine: Any, sample: int) -> NDArray[np.float64]:
+    matrix = torch.as_tensor(affine).detach().cpu().double().numpy()
+    return matrix[sample] if matrix.ndim == 3 else matrix
+
+
+def _outline(
+    values: Tensor | None, sample: int, spatial: Sequence[int], multilabel: bool
+) -> NDArray[np.bool_] | None:
+    """Return where prediction (logits) or label is foreground, shape (*spatial); None if it lies on another grid."""
+    if values is None or tuple(values.shape[2:]) != tuple(spatial):
+        return None
+    channels = _array(values, sample)
+    if len(channels) == 1 or multilabel:
+        return np.asarray((channels > 0).any(0))
+    return np.asarray(channels.argmax(0) > 0)
+
+
+def _channel_names(explanation: Explanation, name: str, count: int | None = None) -> list[str]:
+    """Return the names of the channels or features of an input, made up where none were given."""
+    count = explanation.attributions[name].shape[1] if count is None else count
+    given = explanation.channels.get(name, ())
+    if len(given) == count:
+        return list(given)
+    return [name] if count == 1 else [f"{name} {i}" for i in range(count)]
+
+
+def _modality_names(explanation: Explanation, name: str) -> list[str]:
+    """Return the names of the channels of an image, made unique among all inputs."""
+    others = {n for other, names in explanation.channels.items() if other != name for n in names}
+    others |= set(explanation.attributions) - {name}
+    return [f"{name} {n}" if n in others else n for n in _channel_names(explanation, name)]
+
+
+def _balance(explanation: Explanation, sample: int, contributions: dict[str, float]) -> list[str]:
+    """Return the sum that the bars belong to, for methods that promise one."""
+    if explanation.delta is None or explanation.baseline_score is None:
+        return []
+    score, baseline, delta = (
+        float(values[sample]) for values in (explanation.score, explanation.baseline_score, explanation.delta)
+    )
+    total = sum(contributions.values())
+    return [
+        f"score {score:.4g} = baseline score {baseline:.4g} + contributions {total:.4g} - delta {delta:.2g}"
+    ]
+
+
+def _array(values: Tensor, sample: int) -> NDArray[Any]:
+    """Return one sample as numbers that NumPy knows (bfloat16 is none of them)."""
+    plain = values.as_tensor() if isinstance(values, MetaTensor) else values
+    return np.asarray(plain[sample].detach().float().cpu().numpy())
+
+
+def _clean(name: str) -> str:
+    """Return a name that is one level of a tag."""
+    return re.sub(r"[^-\w.]+", "_", name).strip("_") or "_"
+
+
+def _image_summary(tag: str, encoded: bytes, description: str) -> Summary:
+    """Return an already encoded picture as a summary of TensorBoard's image page."""
+    width, height = Image.open(BytesIO(encoded)).size
+    image = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=encoded)
+    metadata = create_summary_metadata("", description)
+    return Summary(value=[Summary.Value(tag=tag, image=image, metadata=metadata)])

@@ -1,0 +1,407 @@
+"""Attributors against closed forms, slow rewrites of the papers, and Captum."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from networks import LinearImage, random_image, small_unet
+from torch import nn
+
+from monai_xai import (
+    Blocks,
+    Box,
+    ChannelMinimum,
+    Channels,
+    ClassScore,
+    CompletenessWarning,
+    Constant,
+    DeepLift,
+    Explainer,
+    FeatureAblation,
+    FeatureMask,
+    GradCam,
+    GradCamPlusPlus,
+    GradientShap,
+    GuidedBackprop,
+    HiResCam,
+    InputError,
+    InputXGradient,
+    IntegratedGradients,
+    Noise,
+    NoiseTunnel,
+    Occlusion,
+    OutputScore,
+    Predicted,
+    RegionScore,
+    Saliency,
+    Samples,
+    UnsupportedNetworkError,
+)
+from monai_xai.attributors.integrated import fejer, gauss_legendre
+
+SHAPE = (2, 6, 5)
+SIDES = SlidingWindowInferer(12, overlap=0.5, mode="gaussian")
+BOX = Box((3, 2), (14, 9))
+ROUNDING_OF_CAPTUM = 1e-7  # it keeps quadrature nodes and counts in single precision
+
+
+def explain(attributor, network=None, x=None, target=None, inferer=None):
+    network = LinearImage(SHAPE) if network is None else network
+    x = random_image(2, *SHAPE) if x is None else x
+    return Explainer(OutputScore() if target is None else target, attributor, inferer)(network, x)
+
+
+def window_score(network, target=RegionScore(1, BOX)):
+    """Return a Captum-style function of whole inputs: the region score of MONAI's own stitched prediction."""
+
+    def score(x):
+        output = SIDES(x, network)
+        return target.score(output, *target.select(output, None))
+
+    return score
+
+
+# ------------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("baseline", [Constant(0.5), ChannelMinimum(), Noise(seed=3)], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("method", [IntegratedGradients, DeepLift, GradientShap], ids=lambda m: m.__name__)
+def test_on_a_linear_network_complete_methods_give_weight_times_difference(method, baseline):
+    network, x = LinearImage(SHAPE), random_image(2, *SHAPE)
+    explanation = explain(method(baseline=baseline), network, x)
+    expected = network.weight * (x - baseline.draws(x)[0])
+    torch.testing.assert_close(explanation.attributions["image"], expected.detach(), rtol=0, atol=1e-12)
+    assert explanation.delta.abs().max() < 1e-12
+
+
+def test_on_a_linear_network_gradient_methods_give_the_weights():
+    network, x = LinearImage(SHAPE), random_image(2, *SHAPE)
+    weight = network.weight.detach().expand_as(x)
+    torch.testing.assert_close(explain(Saliency(), network, x).attributions["image"], weight)
+    torch.testing.assert_close(explain(Saliency(absolute=True), network, x).attributions["image"], weight.abs())
+    torch.testing.assert_close(explain(InputXGradient(), network, x).attributions["image"], weight * x)
+    torch.testing.assert_close(explain(NoiseTunnel(Saliency()), network, x).attributions["image"], weight)
+    squared = explain(NoiseTunnel(Saliency(), "smoothgrad_sq"), network, x).attributions["image"]
+    torch.testing.assert_close(squared, weight.square())
+    variance = explain(NoiseTunnel(Saliency(), "vargrad"), network, x).attributions["image"]
+    assert variance.abs().max() < 1e-12
+
+
+def test_on_a_linear_network_ablation_gives_the_sum_over_the_feature():
+    network, x = LinearImage(SHAPE), random_image(2, *SHAPE)
+    contributions = (network.weight * x).detach()
+    channels = explain(FeatureAblation(Channels(), baseline=0.0), network, x).attributions["image"]
+    torch.testing.assert_close(channels, contributions.sum((2, 3), keepdim=True).expand_as(x))
+    boxes = explain(Occlusion((1, 1, 1), (1, 1, 1), baseline=0.0), network, x).attributions["image"]
+    torch.testing.assert_close(boxes, contributions)
+
+
+def test_integrated_gradients_of_a_product_splits_it_evenly():
+    class Product(nn.Module):
+        def forward(self, x):
+            return x[:, :1] * x[:, 1:]
+
+    explanation = explain(IntegratedGradients(baseline=0.0), Product(), torch.tensor([[3.0, 2.0]]))
+    torch.testing.assert_close(explanation.attributions["input"], torch.tensor([[3.0, 3.0]]))
+
+
+@pytest.mark.parametrize("rule", [gauss_legendre(5), fejer(8), fejer(16)])
+def test_quadrature_rules_integrate_polynomials_exactly(rule):
+    for power in range(7):
+        value = sum(w * node**power for node, w in zip(*rule, strict=True))
+        assert value == pytest.approx(1 / (power + 1), abs=1e-13)
+
+
+def test_every_rule_of_refinement_contains_the_nodes_of_the_one_before():
+    for k in range(1, 8):
+        coarse, fine = fejer(2**k).nodes, fejer(2 ** (k + 1)).nodes
+        assert fine[1::2] == pytest.approx(coarse, abs=1e-15)
+
+
+def test_smooth_grad_of_a_square_is_the_mean_of_its_gradient_at_the_noisy_points():
+    class Square(nn.Module):
+        def forward(self, x):
+            return x.square().flatten(1).sum(1, keepdim=True)
+
+    x = random_image(1, 1, 8, 8)
+    many = explain(NoiseTunnel(Saliency(), n_samples=4000, stdev_spread=0.1), Square(), x).attributions["image"]
+    torch.testing.assert_close(many, 2 * x, rtol=0, atol=0.1)
+    spread = 0.1 * (x.max() - x.min())
+    variance = explain(NoiseTunnel(Saliency(), "vargrad", n_samples=4000, stdev_spread=0.1), Square(), x)
+    assert float(variance.attributions["image"].mean()) == pytest.approx(4 * float(spread) ** 2, rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------------- against Captum
+
+
+@pytest.mark.parametrize("n_steps", [8, 33])
+def test_fixed_steps_equal_captum_also_through_windows(n_steps):
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    mine = explain(IntegratedGradients(n_steps=n_steps, baseline=0.0), network, x, RegionScore(1, BOX), SIDES)
+    theirs = captum.attr.IntegratedGradients(window_score(network)).attribute(x, n_steps=n_steps, internal_batch_size=1)
+    torch.testing.assert_close(mine.attributions["image"], theirs.double(), rtol=0, atol=ROUNDING_OF_CAPTUM)
+
+
+@pytest.mark.parametrize("features", [Channels(), Blocks(7), Blocks(8, per_channel=True)], ids=str)
+def test_feature_ablation_equals_captum_also_through_windows(features):
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    mine = explain(FeatureAblation(features, baseline=0.3), network, x, RegionScore(1, BOX), SIDES)
+    mask = features.mask(x, "image").expand_as(x)
+    theirs = captum.attr.FeatureAblation(window_score(network)).attribute(x, baselines=0.3, feature_mask=mask)
+    torch.testing.assert_close(mine.attributions["image"], theirs.double(), rtol=0, atol=ROUNDING_OF_CAPTUM)
+
+
+@pytest.mark.parametrize(("window", "stride"), [((1, 8, 8), (1, 8, 8)), ((2, 7, 5), (2, 4, 3)), ((2, 6, 6), (1, 5, 5))])
+def test_occlusion_equals_captum_also_through_windows(window, stride):
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    mine = explain(Occlusion(window, stride, baseline=0.3), network, x, RegionScore(1, BOX), SIDES)
+    theirs = captum.attr.Occlusion(window_score(network)).attribute(x, window, stride, baselines=0.3)
+    torch.testing.assert_close(mine.attributions["image"], theirs.double(), rtol=0, atol=ROUNDING_OF_CAPTUM)
+
+
+@pytest.mark.parametrize("padding_mode", ["constant", "reflect"])
+def test_perturbation_is_exact_where_the_image_is_smaller_than_the_window(padding_mode):
+    network, x = small_unet(), random_image(1, 2, 12, 10)
+    inferer = SlidingWindowInferer(16, padding_mode=padding_mode, cval=0.7 if padding_mode == "constant" else 0.0)
+
+    def score(image):
+        return inferer(image, network)[:, 1, 3:9, 2:8].mean((1, 2))
+
+    target = RegionScore(1, Box((3, 2), (9, 8)))
+    mine = explain(FeatureAblation(Blocks(4), baseline=0.3), network, x, target, inferer)
+    mask = Blocks(4).mask(x, "image").expand_as(x)
+    theirs = captum.attr.FeatureAblation(score).attribute(x, baselines=0.3, feature_mask=mask)
+    torch.testing.assert_close(mine.attributions["image"], theirs.double(), rtol=0, atol=ROUNDING_OF_CAPTUM)
+    mine = explain(Occlusion((2, 5, 4), (2, 3, 4), baseline=0.3), network, x, target, inferer)
+    theirs = captum.attr.Occlusion(score).attribute(x, (2, 5, 4), (2, 3, 4), baselines=0.3)
+    torch.testing.assert_close(mine.attributions["image"], theirs.double(), rtol=0, atol=ROUNDING_OF_CAPTUM)
+
+
+def test_guided_backprop_equals_a_rewrite_with_its_own_rule():
+    class GuidedRelu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.relu()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.clamp(min=0) * (ctx.saved_tensors[0] > 0)
+
+    class Guided(nn.Module):
+        def forward(self, x):
+            return GuidedRelu.apply(x)
+
+    network, x = small_unet(), random_image(2, 2, 16, 16)
+    mine = explain(GuidedBackprop(), network, x, RegionScore(1, BOX)).attributions["image"]
+    rewritten = small_unet()
+    for parent in list(rewritten.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, Guided())
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(rewritten(leaf)[:, 1, 3:14, 2:9].mean((1, 2)).sum(), leaf)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
+    plain = explain(Saliency(), network, x, RegionScore(1, BOX)).attributions["image"]
+    assert not torch.allclose(mine, plain)
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, 2, 1))
+        self.act = nn.ReLU(inplace=True)
+        self.head = nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.act(self.features(x)).mean((2, 3)))
+
+
+def test_grad_cam_equals_captum_and_hires_cam_is_the_gradient_times_activation():
+    network, x = Classifier(), random_image(2, 2, 32, 32)
+    mine = explain(GradCam("features.0"), network, x, ClassScore(1)).attributions["image"]
+    theirs = captum.attr.LayerGradCam(network, network.features[0]).attribute(x, 1, relu_attributions=True)
+    theirs = captum.attr.LayerAttribution.interpolate(theirs, (32, 32), "bilinear").detach()
+    torch.testing.assert_close(mine, theirs)
+    mine = explain(HiResCam("features.2"), network, x, ClassScore(1)).attributions["image"]
+    theirs = captum.attr.LayerGradientXActivation(network, network.features[2]).attribute(x, 1).sum(1, keepdim=True)
+    theirs = captum.attr.LayerAttribution.interpolate(theirs.relu(), (32, 32), "bilinear").detach()
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_grad_cam_plus_plus_equals_a_slow_rewrite_of_the_paper():
+    network, x = Classifier(), random_image(1, 2, 16, 16)
+    mine = explain(GradCamPlusPlus("features.2"), network, x, ClassScore(2)).attributions["image"]
+    activation = network.features(x).detach().requires_grad_()
+    score = network.head(activation.relu().mean((2, 3)))[0, 2]
+    (g,) = torch.autograd.grad(score, activation)
+    cam = torch.zeros(4, 4, dtype=torch.float64)
+    for k in range(activation.shape[1]):
+        weight = 0.0
+        for i in range(4):
+            for j in range(4):
+                denominator = 2 * g[0, k, i, j] ** 2 + (activation[0, k] * g[0, k, i, j] ** 3).sum()
+                alpha = g[0, k, i, j] ** 2 / denominator if denominator != 0 else 0.0
+                weight = weight + alpha * max(g[0, k, i, j], 0)
+        cam += weight * activation[0, k].detach()
+    expected = nn.functional.interpolate(cam.relu()[None, None], (16, 16), mode="bilinear")
+    torch.testing.assert_close(mine, expected)
+
+
+def test_the_layer_of_class_activation_maps_is_chosen_and_named():
+    explanation = explain(GradCam(), Classifier(), random_image(1, 2, 32, 32), ClassScore(0))
+    assert explanation.facts["layer"] == "features.2"
+    with pytest.raises(InputError, match=r"Similar names: .*features\.0"):
+        explain(GradCam("featurs.0"), Classifier(), random_image(1, 2, 32, 32), ClassScore(0))
+
+
+@pytest.mark.parametrize("method", [GradCam(), GradCamPlusPlus(), HiResCam()], ids=lambda m: m.name)
+def test_class_activation_maps_of_windows_are_blended_as_predictions_are(method):
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    mine = explain(method, network, x, RegionScore(1, BOX), SIDES)
+    layer = mine.facts["layer"]
+    weights = torch.zeros(1, 1, 20, 16, dtype=torch.float64)
+    weights[..., 3:14, 2:9] = 1 / (11 * 7)
+    total = SIDES(torch.ones_like(weights), lambda w: w * 0 + 1)
+    assert torch.allclose(total, torch.ones_like(total))
+    from monai.data.utils import compute_importance_map
+
+    importance = compute_importance_map((12, 12), mode="gaussian", dtype=torch.float64)[None, None]
+    places = [(slice(i, i + 12), slice(j, j + 12)) for i in (0, 6, 8) for j in (0, 4)]
+    a = torch.zeros_like(weights)
+    for place in places:
+        a[(..., *place)] += importance
+    expected = torch.zeros_like(weights)
+    for place in places:
+        w = weights[(..., *place)] * importance / a[(..., *place)]
+        if w.any():
+            part = explain(type(method)(layer), network, x[(..., *place)], lambda o, w=w: (o[:, 1:2] * w).sum((1, 2, 3)))
+            expected[(..., *place)] += part.attributions["image"] * importance / a[(..., *place)]
+    torch.testing.assert_close(mine.attributions["image"], expected)
+
+
+# ----------------------------------------------------------------------------------------- adaptive integration
+
+
+def test_adaptive_integration_meets_its_tolerance_and_reports_the_gap():
+    network, x = small_unet(norm="INSTANCE"), random_image(2, 2, 20, 16)
+    for tolerance in (0.05, 0.001):
+        method = IntegratedGradients(tolerance=tolerance, baseline=Noise())
+        explanation = explain(method, network, x, RegionScore(1, BOX), SIDES)
+        assert (explanation.gap <= tolerance).all()
+
+
+def test_a_smaller_tolerance_takes_more_passes_and_max_steps_ends_them():
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    passes = [
+        explain(IntegratedGradients(tolerance=tolerance), network, x, RegionScore(1, BOX)).facts["passes"]
+        for tolerance in (0.04, 0.0001)
+    ]
+    assert passes[0] < passes[1]
+    with pytest.warns(CompletenessWarning, match=r"miss the change of the score by .*%.*Blur"):
+        stopped = explain(
+            IntegratedGradients(max_steps=3, baseline=0.0), small_unet(norm="INSTANCE"), x, RegionScore(1, BOX)
+        )
+    assert stopped.facts["passes"] == 3
+
+
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+def test_samples_are_averaged_over():
+    network, x, values = small_unet(), random_image(1, 2, 16, 16), random_image(3, 2, 16, 16, seed=5)
+    together = explain(IntegratedGradients(8, Samples(values)), network, x, RegionScore(1, BOX))
+    single = [explain(IntegratedGradients(8, Constant(v[None])), network, x, RegionScore(1, BOX)) for v in values]
+    expected = torch.stack([s.attributions["image"] for s in single]).mean(0)
+    torch.testing.assert_close(together.attributions["image"], expected)
+    torch.testing.assert_close(together.baseline_score, torch.stack([s.baseline_score for s in single]).mean(0))
+
+
+# ------------------------------------------------------------------------------------- what methods have in common
+
+METHODS = [
+    Saliency(),
+    InputXGradient(),
+    IntegratedGradients(n_steps=4),
+    GradientShap(n_samples=4),
+    NoiseTunnel(Saliency(), n_samples=3),
+    DeepLift(),
+    GuidedBackprop(),
+    FeatureAblation(Blocks(8)),
+    Occlusion((2, 8, 8), (2, 8, 8)),
+    GradCam(),
+    GradCamPlusPlus(),
+    HiResCam(),
+]
+DETERMINISTIC = [m for m in METHODS if not m.stochastic]
+
+
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+@pytest.mark.parametrize("inferer", [None, SIDES], ids=["whole", "windows"])
+@pytest.mark.parametrize("method", DETERMINISTIC, ids=lambda m: m.name)
+def test_two_samples_at_once_equal_each_alone(method, inferer):
+    network, x = small_unet(), random_image(2, 2, 20, 16)
+    both = explain(method, network, x, RegionScore(1, Predicted()), inferer).attributions["image"]
+    for i in range(2):
+        alone = explain(method, network, x[i : i + 1], RegionScore(1, Predicted()), inferer).attributions["image"]
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+@pytest.mark.parametrize("method", [m for m in METHODS if m.stochastic], ids=lambda m: m.name)
+def test_the_seed_decides_a_stochastic_method(method):
+    from dataclasses import replace
+
+    network, x = small_unet(), random_image(1, 2, 16, 16)
+    first, again, other = (
+        explain(m, network, x, RegionScore(1, BOX)) for m in (method, method, replace(method, seed=1))
+    )
+    assert torch.equal(first.attributions["image"], again.attributions["image"])
+    assert not torch.equal(first.attributions["image"], other.attributions["image"])
+    assert (first.seed, other.seed) == (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_delta_is_reported_by_complete_methods_and_by_no_other(method):
+    explanation = explain(method, small_unet(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+    assert (explanation.delta is not None) == method.complete
+    assert not explanation.attributions["image"].requires_grad
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("act", ["PRELU", "LEAKYRELU", "ELU", "GELU", "SWISH", "MEMSWISH", "MISH"])
+def test_guided_backprop_refuses_networks_where_it_would_be_the_gradient(act):
+    with pytest.raises(UnsupportedNetworkError, match="silently be the plain gradient"):
+        explain(GuidedBackprop(), small_unet(act=act), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+
+
+@pytest.mark.parametrize("options", [{"act": "PRELU"}, {"act": "GELU"}, {"norm": "INSTANCE"}, {"norm": ("GROUP", {"num_groups": 2})}])
+def test_deep_lift_refuses_modules_without_a_rule_and_names_them(options):
+    with pytest.raises(UnsupportedNetworkError, match=r"has no rule for .*first: 'model"):
+        explain(DeepLift(), small_unet(**options), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+
+
+def test_gradients_refuse_a_score_that_does_not_depend_on_the_input():
+    class Frozen(nn.Module):
+        def forward(self, x):
+            return x.detach().flatten(1).sum(1, keepdim=True)
+
+    with pytest.raises(UnsupportedNetworkError, match="FeatureAblation"):
+        explain(Saliency(), Frozen())
+    assert explain(FeatureAblation(baseline=0.0), Frozen()).attributions["image"].any()
+
+
+def test_a_feature_mask_need_not_be_contiguous_and_zero_effort_where_nothing_changes():
+    network, x = LinearImage(SHAPE), random_image(1, *SHAPE)
+    sparse = torch.zeros(1, 1, 6, 5, dtype=torch.long)
+    sparse[..., 3:, :] = 700
+    mine = explain(FeatureAblation(FeatureMask(sparse), baseline=0.0), network, x)
+    contributions = (network.weight * x).detach()
+    assert float(mine.attributions["image"][0, 0, 5, 0]) == pytest.approx(float(contributions[:, :, 3:].sum()))
+    assert mine.facts["pieces"] == 2
+    assert explain(FeatureAblation(baseline=x), network, x).facts["passes"] == 0

@@ -1,0 +1,479 @@
+"""The bundle ms_lesion_segmentation: its phantom tells the truth, its configs keep MONAI's rules, and it runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from monai_xai import overlays
+
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "ms_lesion_segmentation"
+CONFIGS = BUNDLE / "configs"
+SEQUENCES = ("FLAIR", "T1", "T1POST", "T2")
+
+pytestmark = [
+    # MONAI warns of every config that it runs, because a config is code.
+    pytest.mark.filterwarnings("ignore::UserWarning:monai"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:monai"),
+]
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[ModuleType]:
+    """The Python package of the bundle, which goes by the name that all bundles give theirs."""
+    sys.path.insert(0, str(BUNDLE))
+    import scripts as package
+
+    yield package
+    sys.path.remove(str(BUNDLE))
+    for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def case(scripts: ModuleType) -> Any:
+    """The first phantom, evidence in FLAIR only."""
+    return scripts.make_case(scripts.Phantom(), 1)
+
+
+# --- the phantom -------------------------------------------------------------------------------------------------
+
+
+def test_same_phantom_twice_is_equal(scripts: ModuleType, case: Any) -> None:
+    again = scripts.make_case(scripts.Phantom(), 1)
+    assert all(np.array_equal(case.images[name], again.images[name]) for name in SEQUENCES)
+    assert np.array_equal(case.lesion, again.lesion)
+    assert case.truth == again.truth
+
+
+def test_every_phantom_is_another(scripts: ModuleType, case: Any) -> None:
+    other = scripts.make_case(scripts.Phantom(), 2)
+    reseeded = scripts.make_case(scripts.Phantom(seed=1), 1)
+    assert not np.array_equal(case.images["T1"], other.images["T1"])
+    assert not np.array_equal(case.images["T1"], reseeded.images["T1"])
+
+
+def test_sequences_without_evidence_know_nothing_of_the_lesions(scripts: ModuleType, case: Any) -> None:
+    moved = scripts.make_case(scripts.Phantom(evidence=["T2"]), 1)
+    assert np.array_equal(case.lesion, moved.lesion)
+    assert np.array_equal(case.images["T1"], moved.images["T1"])
+    assert np.array_equal(case.images["T1POST"], moved.images["T1POST"])
+    assert not np.array_equal(case.images["FLAIR"], moved.images["FLAIR"])
+    assert not np.array_equal(case.images["T2"], moved.images["T2"])
+
+
+@pytest.mark.parametrize("evidence", [("FLAIR",), ("T1", "T2")], ids="+".join)
+def test_lesions_stand_out_in_the_planted_sequences_only(scripts: ModuleType, evidence: tuple[str, ...]) -> None:
+    phantom = scripts.Phantom(evidence=evidence)
+    contrast = np.mean([_lesion_contrast(scripts.make_case(phantom, number)) for number in (1, 2, 3)], axis=0)
+    for name, value in zip(SEQUENCES, np.abs(contrast), strict=True):
+        assert value > 2.0 if name in evidence else value < 0.5, (name, contrast)
+
+
+def _lesion_contrast(case: Any) -> list[float]:
+    """Lesion against the tissue around it, in standard deviations of the latter, by sequence."""
+    around = ndimage.binary_dilation(case.lesion, iterations=2) & ~ndimage.binary_dilation(case.lesion)
+    return [
+        (np.median(image[case.lesion]) - np.median(image[around])) / image[around].std() for image in case.images.values()
+    ]
+
+
+def test_distractors_are_independent_of_lesions(case: Any) -> None:
+    lesions = {tuple(blob["voxel"]) for blob in case.truth["lesions"]}
+    for name in SEQUENCES:
+        blobs = [tuple(blob["voxel"]) for blob in case.truth["distractors"][name]]
+        assert len(blobs) >= 4
+        assert not lesions & set(blobs)
+
+
+def test_shortcut_marks_lesions_and_not_their_lookalikes(scripts: ModuleType) -> None:
+    plain = scripts.make_case(scripts.Phantom(), 1)
+    marked = scripts.make_case(scripts.Phantom(shortcut=True), 1)
+    assert not plain.marker.any()
+    _, beads = ndimage.label(marked.marker)
+    assert 1 <= beads <= len(marked.truth["lesions"])
+    assert marked.truth["lookalikes"]
+    head = plain.images["T1"] > 0.25 * np.percentile(plain.images["T1"], 95)
+    assert not (marked.marker & head).any()
+    assert not (marked.marker & marked.lesion).any()
+    for name in SEQUENCES:
+        assert marked.images[name][marked.marker].mean() > 3 * plain.images[name][marked.marker].mean()
+
+
+@pytest.mark.parametrize("wrong", [{"evidence": ["DWI"]}, {"evidence": []}, {"n_cases": 0}], ids=str)
+def test_phantom_refuses_what_it_cannot_make(scripts: ModuleType, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        scripts.Phantom(**wrong)
+
+
+def test_phantom_is_written_once_with_the_truth_beside_it(scripts: ModuleType, tmp_path: Path) -> None:
+    phantom = scripts.Phantom(n_cases=2)
+    folder = Path(scripts.write_phantom(tmp_path, phantom))
+    files = sorted(file.name for file in (folder / "phantom01").iterdir())
+    assert files == [
+        "FLAIR.nii.gz", "T1.nii.gz", "T1POST.nii.gz", "T2.nii.gz", "lesion.nii.gz", "marker.nii.gz", "truth.json",
+    ]  # fmt: skip
+    assert json.loads((folder / "phantom01" / "truth.json").read_text())["evidence"] == ["FLAIR"]
+    written = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    assert scripts.write_phantom(tmp_path, phantom) == str(folder)
+    assert written == {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_phantom_space_is_oblique_and_anisotropic(case: Any) -> None:
+    steps = np.linalg.norm(case.affine[:3, :3], axis=0)
+    assert len({round(float(step), 3) for step in steps}) == 3
+    assert (np.abs(case.affine[:3, :3] / steps) > 1e-3).sum() > 3
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def phantoms(scripts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three phantoms on disk: 01 is held out."""
+    return Path(scripts.write_phantom(tmp_path_factory.mktemp("phantoms"), scripts.Phantom(n_cases=3)))
+
+
+def _names(cases: list[dict[str, Any]]) -> list[str]:
+    return [case["case_id"] for case in cases]
+
+
+def test_every_fifth_case_is_held_out(scripts: ModuleType, phantoms: Path) -> None:
+    assert _names(scripts.training_cases(phantoms)) == ["phantom02", "phantom03"]
+    assert _names(scripts.held_out_cases(phantoms)) == ["phantom01"]
+
+
+def test_named_cases_replace_the_split(scripts: ModuleType, phantoms: Path) -> None:
+    assert _names(scripts.training_cases(phantoms, train="phantom01")) == ["phantom01"]
+    assert _names(scripts.training_cases(phantoms, test=["phantom02"])) == ["phantom01", "phantom03"]
+    assert _names(scripts.held_out_cases(phantoms, test=["phantom03", "phantom02"])) == ["phantom03", "phantom02"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (["phantom07"], None, "There is no case phantom07; the data set has phantom01, phantom02, phantom03"),
+        (["phantom02"], ["phantom02"], "phantom02 must not be both"),
+        (None, ["phantom01", "phantom02", "phantom03"], "left to train on"),
+    ],
+    ids=["unknown", "overlap", "nothing left"],
+)
+def test_impossible_splits_are_refused(
+    scripts: ModuleType, phantoms: Path, train: list[str] | None, test: list[str] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        scripts.training_cases(phantoms, train, test)
+
+
+def test_folder_without_cases_is_refused_with_the_cure(scripts: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"cross_sectional/MNI/patientNN.*found: raw.*github\.com"):
+        scripts.training_cases(tmp_path)
+
+
+@pytest.fixture
+def broken(phantoms: Path, tmp_path: Path) -> Path:
+    """Phantoms that a test may break."""
+    return Path(shutil.copytree(phantoms, tmp_path / "broken"))
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _collapse(file: Path) -> None:
+    image = nibabel.load(file)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), np.diag([1.0, 0.0, 1.0, 1.0])), file)
+
+
+def _crop(file: Path) -> None:
+    nibabel.save(nibabel.load(file).slicer[:-1], file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (Path.unlink, FileNotFoundError, "its T2 is missing"),
+        (lambda file: file.write_text("not found"), ValueError, "its T2 is no readable NIfTI"),
+        (_collapse, ValueError, "affine of its T2 is singular"),
+        (_crop, ValueError, "its T2 lies on another voxel grid"),
+    ],
+    ids=["missing", "unreadable", "singular", "cropped"],
+)
+def test_broken_case_is_refused_before_training(
+    scripts: ModuleType, broken: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
+) -> None:
+    damage(broken / "phantom02" / "T2.nii.gz")
+    with pytest.raises(error, match=f"phantom02: (the )?{message}"):
+        scripts.training_cases(broken)
+
+
+def test_truncated_file_is_an_error_that_names_the_case(scripts: ModuleType, broken: Path) -> None:
+    file = broken / "phantom02" / "T2.nii.gz"
+    _truncate(file)
+    case = scripts.training_cases(broken)[0]
+    with pytest.raises(RuntimeError, match=r"phantom02: cannot read .*T2\.nii\.gz .*fetch it again"):
+        scripts.LoadCased(keys=["image", "label"])(case)
+
+
+def test_nan_voxels_are_an_error_that_names_the_case(scripts: ModuleType, broken: Path) -> None:
+    file = broken / "phantom02" / "T1.nii.gz"
+    image = nibabel.load(file)
+    voxels = image.get_fdata().astype(np.float32)
+    voxels[3, 4, 5] = np.nan
+    nibabel.save(nibabel.Nifti1Image(voxels, image.affine), file)
+    with pytest.raises(ValueError, match=r"phantom02: 1 voxels of .*T1\.nii\.gz are NaN or infinite"):
+        scripts.LoadCased(keys="image")(scripts.training_cases(broken)[0])
+
+
+def test_background_is_exactly_constant_whatever_the_units(scripts: ModuleType, case: Any) -> None:
+    volume = torch.stack([torch.from_numpy(case.images[name].astype(np.float32)) for name in SEQUENCES])
+    normalize = scripts.NormalizeForegroundd(keys="image")
+    plain = normalize({"image": MetaTensor(volume)})["image"]
+    scaled = normalize({"image": MetaTensor(volume * torch.tensor([0.1, 3.0, 7.0, 1.0])[:, None, None, None])})["image"]
+    corner = plain[:, :4, :4, -4:]
+    assert (corner == 0).all()
+    assert 0.2 < float((plain != 0).any(0).float().mean()) < 0.7
+    torch.testing.assert_close(plain.as_tensor(), scaled.as_tensor(), rtol=1e-3, atol=1e-3)
+
+
+def test_constant_sequence_is_refused_by_name(scripts: ModuleType) -> None:
+    image = MetaTensor(torch.zeros(4, 8, 8, 8), meta={"filename_or_obj": "somewhere/patient07"})
+    with pytest.raises(ValueError, match="patient07: channel 0"):
+        scripts.NormalizeForegroundd(keys="image")({"image": image})
+
+
+# --- the bundle ---------------------------------------------------------------------------------------------------
+
+TENSOR = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"},
+        "format": {"type": "string"},
+        "num_channels": {"type": "integer"},
+        "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
+        "dtype": {"type": "string"},
+        "value_range": {"type": "array", "items": {"type": "number"}},
+        "is_patch_data": {"type": "boolean"},
+        "channel_def": {"type": "object"},
+    },
+    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
+}
+TENSORS = {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
+TEXTS = ("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description", "authors", "copyright")
+# What the Model Zoo's meta_schema_20240725.json asks for.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        **{name: {"type": "string"} for name in (*TEXTS, "data_source", "data_type", "intended_use")},
+        **{name: {"type": "object"} for name in ("changelog", "required_packages_version", "eval_metrics")},
+        "references": {"type": "array", "items": {"type": "string"}},
+        "network_data_format": {
+            "type": "object",
+            "properties": {"inputs": TENSORS, "outputs": TENSORS},
+            "required": ["inputs", "outputs"],
+        },
+    },
+    "required": [*TEXTS, "required_packages_version", "network_data_format"],
+}
+
+
+def test_metadata_passes_verify_metadata(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"  # MONAI downloads it only if it is not there
+    schema.write_text(json.dumps(SCHEMA))
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(schema))
+
+
+def test_metadata_names_the_channels_and_the_current_version() -> None:
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    formats = metadata["network_data_format"]
+    assert formats["inputs"]["image"]["channel_def"] == dict(zip("0123", SEQUENCES, strict=True))
+    assert formats["outputs"]["pred"]["channel_def"] == {"0": "background", "1": "lesion"}
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_network_maps_what_the_metadata_promises() -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / "inference.yaml"),
+        n=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("train", ["train.yaml"]),
+        ("train", ["train.yaml", "evaluate.yaml"]),
+        ("train", ["train.yaml", "explain_train.yaml"]),
+        ("train", ["train.yaml", "evaluate.yaml", "explain_train.yaml"]),
+        ("infer", ["inference.yaml"]),
+        ("infer", ["inference.yaml", "explain.yaml"]),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else value,
+)
+def test_workflow_has_all_standard_properties(
+    scripts: ModuleType, phantoms: Path, tmp_path: Path, kind: str, files: list[str]
+) -> None:
+    workflow = ConfigWorkflow(
+        config_file=[str(CONFIGS / file) for file in files],
+        workflow_type=kind,
+        logging_file=False,
+        bundle_root=str(BUNDLE),
+        dataset_dir=str(phantoms),
+        output_dir=str(tmp_path),
+        device="$torch.device('cpu')",
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def _config(*files: Path) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    return parser
+
+
+def test_training_and_inference_agree() -> None:
+    train, inference = _config(CONFIGS / "train.yaml"), _config(CONFIGS / "inference.yaml")
+    for name in ("network_def", "pixdim", "phantom", "dataset_dir", "seed", "evidence", "shortcut"):
+        assert train[name] == inference[name], name
+    assert train["patch_size"] == inference["roi_size"]
+    steps = [dict(step) for step in inference["preprocessing::transforms"]]
+    for step in steps:
+        step.pop("allow_missing_keys", None)
+    assert train["train::deterministic_transforms"] == steps
+
+
+# --- end to end, through MONAI's own command line -------------------------------------------------------------------
+
+
+def _run(files: list[Path | str], **settings: Any) -> str:
+    """Run configs in the folder of the bundle as a user does, and return what it says."""
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "--config_file", str([str(file) for file in files]), *options],
+        cwd=BUNDLE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def _tags(folder: Path) -> set[str]:
+    """The tags of everything that TensorBoard finds in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: set[str] = set()
+    for file in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        tags = events.Tags()
+        found |= {*tags["scalars"], *tags["images"], *tags["tensors"]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Settings and output folder of a short training with explanations."""
+    root = tmp_path_factory.mktemp("trained")
+    settings = {"dataset_dir": phantoms, "ckpt_dir": root / "models", "output_dir": root / "eval"}
+    _run(
+        ["configs/train.yaml", "configs/explain_train.yaml"],
+        epochs=2, iterations_per_epoch=3, val_interval=1, patches_per_case=2, **settings,
+        **{"explainer::attributor::n_steps": 2},
+    )  # fmt: skip
+    return settings, root / "eval"
+
+
+def test_training_saves_weights_and_shows_explanations_over_epochs(trained: tuple[dict[str, Any], Path]) -> None:
+    settings, output = trained
+    assert (settings["ckpt_dir"] / "model.pt").is_file()
+    tags = _tags(output)
+    assert {"train_loss", "val_mean_dice"} <= tags
+    assert any(tag.startswith("attribution/") and tag.endswith("share/FLAIR") for tag in tags), tags
+    assert any(tag.endswith("/planes") for tag in tags), tags
+
+
+def test_inference_saves_maps_in_the_space_of_the_scan(trained: tuple[dict[str, Any], Path], phantoms: Path) -> None:
+    settings, output = trained
+    _run(["configs/inference.yaml", "configs/explain.yaml"], **settings)
+    scan = nibabel.load(phantoms / "phantom01" / "FLAIR.nii.gz")
+    mask = nibabel.load(output / "phantom01" / "phantom01_lesions.nii.gz")
+    maps = nibabel.load(output / "phantom01" / "phantom01_attribution_image.nii.gz")
+    np.testing.assert_allclose(maps.affine, scan.affine, atol=1e-4)
+    np.testing.assert_allclose(mask.affine, scan.affine, atol=1e-4)
+    assert maps.shape == (*scan.shape, 4)
+    assert mask.shape == scan.shape
+    assert maps.get_data_dtype() == np.float32
+    assert np.abs(maps.get_fdata()).max() > 0
+
+
+def test_evaluation_reports_every_case(trained: tuple[dict[str, Any], Path]) -> None:
+    settings, output = trained
+    said = _run(["configs/train.yaml", "configs/evaluate.yaml"], **settings)
+    assert "Dice of phantom01:" in said
+    assert "Mean Dice of 1 cases:" in said
+    assert (output / "val_mean_dice_raw.csv").is_file()
+
+
+def test_inference_without_a_trained_network_says_what_to_do(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="There is no trained network in .*Train one first"):
+        _run(["configs/inference.yaml"], dataset_dir=phantoms, ckpt_dir=tmp_path, output_dir=tmp_path)
+
+
+# --- the shipped overlays -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", overlays.names())
+def test_overlay_names_classes_by_dotted_path(name: str) -> None:
+    for line in overlays.path(name).read_text().splitlines():
+        if "_target_:" in line and "monai_xai" in line:
+            target = line.split("_target_:")[1].split("#")[0].strip(" {}")
+            assert target.startswith("monai_xai."), line
+
+
+@pytest.mark.parametrize(
+    ("overlay", "base"),
+    [("inference", "inference.yaml"), ("train", "train.yaml")],
+)
+def test_shipped_overlay_needs_nothing_that_only_this_bundle_has(overlay: str, base: str) -> None:
+    own = {"inference": "explain.yaml", "train": "explain_train.yaml"}[overlay]
+    shipped, bundled = _config(overlays.path(overlay)), _config(CONFIGS / own)
+    assert set(shipped.get()) == set(bundled.get())
+    merged = _config(CONFIGS / base, overlays.path(overlay))
+    assert str(merged["initialize"][-1]).startswith("$@explain_board.attach")
+
+
+@pytest.mark.real_data
+def test_real_patients_are_found_and_normalized(scripts: ModuleType, open_ms_data: Path) -> None:
+    case = scripts.held_out_cases(open_ms_data, "patient26")[0]
+    load = scripts.LoadCased(keys=["image", "label"])
+    image = scripts.NormalizeForegroundd(keys="image")(load(case))["image"]
+    label = load(case)["label"]
+    assert image.shape == (4, 182, 218, 182)
+    assert (image[:, :5] == 0).all()
+    lesion = image[:, label[0] > 0].mean(1)
+    assert lesion[0] > 1.0, "lesions are bright in FLAIR"
+    assert lesion[1] < 0.0, "and dark in T1"

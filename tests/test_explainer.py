@@ -1,0 +1,260 @@
+"""The explainer: targets in one call, inputs that cannot be explained, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import captum.attr
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.networks.nets import DenseNet121, SegResNet
+from networks import ImageAndVector, LinearImage, random_image, small_unet
+from torch import nn
+
+from monai_xai import (
+    AttributionError,
+    Blur,
+    Box,
+    ClassScore,
+    CompletenessWarning,
+    Component,
+    DeepLift,
+    Explainer,
+    Explanation,
+    FeatureAblation,
+    InputError,
+    IntegratedGradients,
+    Noise,
+    OutputScore,
+    Predicted,
+    RegionScore,
+    Saliency,
+    UnsupportedNetworkError,
+)
+
+BOX = Box((3, 2), (14, 9))
+
+
+def test_the_sentence_of_the_design_runs():
+    inputs = {"image": random_image(1, 1, 24, 24), "clinical": random_image(1, 3)}
+    explanation = Explainer(
+        target=RegionScore(channel=1, region=Predicted()),
+        attributor=IntegratedGradients(n_steps=32, baseline=Blur(sigma=4.0)),
+        inferer=SlidingWindowInferer(roi_size=(16, 16), overlap=0.5),
+    )(ImageAndVector(), inputs)
+    assert explanation.attributions["image"].shape == (1, 1, 24, 24)
+    assert explanation.attributions["clinical"].shape == (1, 3)
+    assert explanation.score.shape == explanation.baseline_score.shape == explanation.delta.shape == (1,)
+
+
+def test_several_targets_share_the_clean_prediction():
+    network, calls = small_unet(), []
+    handle = network.register_forward_hook(lambda *_: calls.append(1))
+    found = Explainer({"lesion": RegionScore(1), "rest": RegionScore(0)}, Saliency())(network, random_image(1, 2, 16, 16))
+    handle.remove()
+    assert list(found) == ["lesion", "rest"]
+    assert len(calls) == 1 + 2
+
+
+def test_every_lesion_is_explained_when_asked():
+    class Threshold(nn.Module):
+        def forward(self, x):
+            return torch.cat([torch.zeros_like(x), x], 1)
+
+    x = torch.full((1, 1, 12, 12), -1.0)
+    x[..., 1:3, 1:3] = x[..., 6:10, 6:10] = 1.0
+    found = Explainer({"lesion": RegionScore(1, Component(k=None))}, Saliency())(Threshold(), x)
+    assert list(found) == ["lesion_component0", "lesion_component1"]
+    assert [int((e.attributions["image"] != 0).sum()) for e in found.values()] == [16, 4]
+
+
+def test_a_given_prediction_spares_the_forward_pass_and_fixes_the_region():
+    network, x, calls = small_unet(), random_image(1, 2, 16, 16), []
+    with torch.no_grad():
+        prediction = network(x)
+    handle = network.register_forward_hook(lambda *_: calls.append(1))
+    given = Explainer(RegionScore(1), Saliency())(network, x, prediction=prediction)
+    assert len(calls) == 1
+    handle.remove()
+    assert torch.equal(given.attributions["image"], Explainer(RegionScore(1), Saliency())(network, x).attributions["image"])
+
+
+def test_region_does_not_move_while_the_input_is_perturbed():
+    network, x = small_unet().requires_grad_(False), random_image(1, 2, 16, 16)
+    mask = network(x).argmax(1, keepdim=True) == 1
+    explanation = Explainer(RegionScore(1), FeatureAblation(baseline=0.0))(network, x)
+    for channel in range(2):
+        ablated = x.clone()
+        ablated[:, channel] = 0
+        effect = network(x)[:, 1:2][mask].mean() - network(ablated)[:, 1:2][mask].mean()
+        assert float(explanation.attributions["image"][0, channel, 0, 0]) == pytest.approx(float(effect))
+
+
+def test_maps_carry_the_space_of_their_input():
+    affine = torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0], dtype=torch.float64))
+    x = MetaTensor(random_image(1, 1, 8, 8, 8), affine=affine)
+    found = Explainer(OutputScore(), IntegratedGradients(2, 0.0))(LinearImage((1, 8, 8, 8)), x).attributions["image"]
+    assert isinstance(found, MetaTensor)
+    assert torch.equal(found.affine, x.affine)
+    assert found.applied_operations == x.applied_operations
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "target"),
+    [
+        (lambda: DenseNet121(2, 1, 2), 32, ClassScore(1)),
+        (lambda: SegResNet(2, 8, 1, 2, blocks_down=(1, 1), blocks_up=(1,)), 16, RegionScore(1, Box((4, 4), (9, 9)))),
+    ],
+    ids=["DenseNet121", "SegResNet"],
+)
+def test_networks_of_monai_are_explained_as_they_come(network, size, target):
+    torch.manual_seed(0)
+    model, x = network().double().eval(), random_image(1, 1, size, size)
+    explainer = Explainer(target, IntegratedGradients(n_steps=4, baseline=Noise()), SimpleInferer(), tolerated_gap=10.0)
+
+    def score(image):
+        output = model(image)
+        return target.score(output, *target.select(output, None))
+
+    expected = captum.attr.IntegratedGradients(score).attribute(x, Noise().draws(x)[0], n_steps=4)
+    torch.testing.assert_close(explainer(model, x).attributions["image"], expected, rtol=0, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------- do no harm
+
+
+def snapshot(network):
+    """Return everything about a network and the generators that an explanation might change."""
+    return {
+        "state": copy.deepcopy(network.state_dict()),
+        "training": [m.training for m in network.modules()],
+        "requires_grad": [p.requires_grad for p in network.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in network.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in network.modules()],
+        "attributes": [hash(tuple(sorted(vars(m)))) for m in network.modules()],
+        "inplace": [bool(getattr(m, "inplace", False)) for m in network.modules()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "grad_mode": torch.is_grad_enabled(),
+    }
+
+
+def assert_equal(before, after):
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Failing(nn.Module):
+    """Fails in the backward pass, as a network that is out of memory would."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x):
+        self.note = x.shape
+        output = self.body(x)
+        if output.requires_grad:
+            raise RuntimeError("broken on purpose")
+        return output
+
+
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+@pytest.mark.parametrize("attributor", [Saliency(), DeepLift(), FeatureAblation(), IntegratedGradients(3)], ids=lambda a: a.name)
+@pytest.mark.parametrize("inferer", [None, SlidingWindowInferer(12)], ids=["whole", "windows"])
+def test_explaining_changes_nothing(attributor, inferer):
+    network = small_unet().train()
+    list(network.modules())[3].eval()
+    next(network.parameters()).requires_grad_(False)
+    network(random_image(2, 2, 16, 16)).sum().backward()
+    before = snapshot(network)
+    Explainer(RegionScore(1, BOX), attributor, inferer)(network, random_image(1, 2, 16, 16))
+    assert_equal(before, snapshot(network))
+
+
+def test_explaining_changes_nothing_when_it_fails():
+    network = Failing().train()
+    before = snapshot(network)
+    with pytest.raises(AttributionError, match=r"term 1 of 1, inputs \[\(1, 2, 16, 16\)\]: RuntimeError: broken on purpose"):
+        Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
+    assert_equal(before, snapshot(network))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_works_inside_every_gradient_mode(mode):
+    network = small_unet()
+    with mode():
+        x = random_image(1, 2, 16, 16) * 1
+        found = Explainer(RegionScore(1, BOX), Saliency())(network, x).attributions["image"]
+    expected = Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16)).attributions["image"]
+    assert torch.equal(found.clone(), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def bad(value):
+    x = random_image(2, 2, 16, 16)
+    x[1, 0, 3, 3] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (bad(float("nan")), r"'image' has 1 NaN or infinite values in sample 1 .*nan_to_num"),
+        (bad(float("inf")), r"1 NaN or infinite values in sample 1"),
+        (random_image(16), r"must be a tensor of shape \(N, C, \*spatial\)"),
+        (torch.zeros(1, 2, 16, 16, dtype=torch.int16), r"floating-point numbers, got torch.int16"),
+        ({"a": random_image(1, 2, 16, 16), "b": random_image(2, 3)}, r"one batch size"),
+        ({}, "no input"),
+        (MetaTensor(random_image(1, 2, 8, 8, 8), affine=torch.zeros(4, 4)), "singular affine"),
+    ],
+    ids=["NaN", "infinite", "no batch", "integers", "batch sizes", "none", "singular affine"],
+)
+def test_inputs_that_cannot_be_explained_are_named(x, message):
+    with pytest.raises(InputError, match=message):
+        Explainer(RegionScore(1, BOX), Saliency())(small_unet(), x)
+
+
+def test_weights_made_in_inference_mode_are_named():
+    with torch.inference_mode():
+        network = nn.Conv2d(2, 2, 1)
+    with pytest.raises(UnsupportedNetworkError, match=r"weight was made under torch.inference_mode"):
+        Explainer(RegionScore(1, BOX), Saliency())(network, torch.randn(1, 2, 16, 16))
+
+
+def test_a_function_is_no_network_and_a_word_is_no_method():
+    with pytest.raises(UnsupportedNetworkError, match="must be a torch.nn.Module"):
+        Explainer(RegionScore(1, BOX), Saliency())(lambda x: x, random_image(1, 2, 16, 16))
+    with pytest.raises(InputError, match="needs an attributor"):
+        Explainer(RegionScore(1), "saliency")
+    with pytest.raises(InputError, match="needs a target"):
+        Explainer("lesion", Saliency())
+
+
+def test_a_target_must_give_one_score_for_each_sample():
+    with pytest.raises(InputError, match=r"one score per sample, shape \(2,\), got \(\)"):
+        Explainer(lambda output: output.sum(), Saliency())(small_unet(), random_image(2, 2, 16, 16))
+
+
+def test_a_large_gap_warns_with_the_number_and_the_cure():
+    explainer = Explainer(RegionScore(1, BOX), IntegratedGradients(1, baseline=0.0))
+    with pytest.warns(CompletenessWarning, match=r"miss the change of the score by .*%.*delta.*Likely cure"):
+        explanation = explainer(small_unet(norm="INSTANCE"), random_image(1, 2, 16, 16))
+    assert isinstance(explanation, Explanation)
+    assert float(explanation.gap) > 0.05
+
+
+def test_contributions_are_signed_sums_and_refused_where_they_mean_nothing():
+    network, x = LinearImage((2, 4, 4)), random_image(1, 2, 4, 4)
+    explanation = Explainer(OutputScore(), IntegratedGradients(baseline=0.0))(network, x)
+    expected = (network.weight * x).sum((2, 3)).detach()
+    torch.testing.assert_close(explanation.contributions()["image"], expected)
+    with pytest.raises(InputError, match="must not be added up"):
+        Explainer(OutputScore(), Saliency())(network, x).contributions()

@@ -1,0 +1,298 @@
+"""Handlers in real MONAI engines: what is explained when, where maps go, and that nothing else changes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import PrepareBatchExtraInput
+from monai.handlers import ValidationHandler
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.transforms import Compose
+from networks import ImageAndVector, random_image, small_unet
+
+from monai_xai import (
+    AttributionEvents,
+    AttributionHandler,
+    Box,
+    Explainer,
+    FlattenAttributionsd,
+    GradientShap,
+    InputError,
+    InputXGradient,
+    IntegratedGradients,
+    MarginScore,
+    RegionScore,
+    Saliency,
+    WorstCases,
+)
+from monai_xai.handlers import foreground_dice, register_events
+
+TARGET = RegionScore(1, Box((2, 2), (9, 9)))
+EXPLAINER = Explainer(TARGET, Saliency())
+
+
+def cases(n=4, **extra):
+    """Return a data set of n named cases with image and label."""
+    items = []
+    for i in range(n):
+        image = MetaTensor(random_image(2, 16, 16, seed=i), meta={"filename_or_obj": f"scans/case-{i}.nii.gz"})
+        items.append({"image": image, "label": (random_image(1, 16, 16, seed=100 + i) > 0).double(), **extra})
+    return Dataset(items)
+
+
+def evaluator(handlers, *, data=None, network=None, batch_size=1, **options):
+    """Return an evaluator on the CPU with a small U-Net."""
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(cases() if data is None else data, batch_size=batch_size),
+        network=small_unet() if network is None else network,
+        val_handlers=handlers,
+        **options,
+    )
+
+
+class Recorder:
+    """Keep what was explained."""
+
+    def __init__(self):
+        self.batches = []
+
+    def attach(self, engine):
+        register_events(engine)
+        engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: self.batches.append(e.state.explained))
+
+    @property
+    def cases(self):
+        return [batch.cases[i] for batch in self.batches for i in batch.due]
+
+
+def explained_cases(choice, **options):
+    recorder = Recorder()
+    evaluator([recorder, AttributionHandler(EXPLAINER, choice)], **options).run()
+    return recorder.cases
+
+
+# -------------------------------------------------------------------------------------------- what is explained when
+
+
+def test_the_first_cases_by_index_and_by_name():
+    assert explained_cases(2) == ["case-0", "case-1"]
+    assert explained_cases([1, 3]) == ["case-1", "case-3"]
+    assert explained_cases(["case-2"]) == ["case-2"]
+    assert explained_cases([3], batch_size=3) == ["case-3"]
+    assert explained_cases(["b"], data=cases(2, case_id="b")) == ["b", "b"]
+
+
+def test_the_worst_cases_by_a_metric_are_all_among_the_explained():
+    values = {0: 0.9, 1: 0.2, 2: 0.8, 3: 0.1}
+    order = iter(values)
+    found = explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]])))
+    assert found == ["case-0", "case-1", "case-2", "case-3"]
+    order = iter([3, 1, 0, 2])
+    assert explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]]))) == ["case-0", "case-1"]
+
+
+def test_the_default_metric_of_the_worst_cases_is_the_foreground_dice():
+    truth = torch.zeros(1, 1, 4, 4)
+    truth[..., :2, :] = 1
+    prediction = torch.zeros(1, 2, 4, 4)
+    prediction[:, 1, 1:3] = 1.0
+    prediction[:, 0] = 0.5
+    assert float(foreground_dice(prediction, truth)) == pytest.approx(0.5)
+    assert float(foreground_dice(prediction[:, 1:] - 0.5, truth)) == pytest.approx(0.5)
+
+
+def test_an_evaluator_inside_training_explains_every_interval_th_epoch():
+    network, recorder = small_unet(), Recorder()
+    validator = evaluator([AttributionHandler(EXPLAINER, 1, interval=2), recorder], network=network)
+    trainer(network, [ValidationHandler(1, validator=validator)], epochs=4).run()
+    assert [batch.epoch for batch in recorder.batches] == [2, 4]
+
+
+def test_attaching_twice_explains_once():
+    recorder, handler = Recorder(), AttributionHandler(EXPLAINER)
+    engine = evaluator([handler, handler, recorder])
+    engine.run()
+    assert len(recorder.batches) == 1
+
+
+def test_a_plain_ignite_engine_needs_a_batch_it_can_read(caplog):
+    network = small_unet()
+    engine = Engine(lambda engine, batch: network(batch["image"]))
+    handler = AttributionHandler(EXPLAINER, network=network)
+    handler.attach(engine)
+    engine.run(DataLoader(cases(1), batch_size=1))
+    assert handler.failures == 1
+    assert "has no prepare_batch" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- where maps go
+
+
+def test_maps_are_in_the_output_before_decollation_and_pass_through_post_processing():
+    post = Compose([FlattenAttributionsd()])
+    engine = evaluator([AttributionHandler(EXPLAINER, [1])], postprocessing=post)
+    found = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: found.extend(e.state.output))
+    engine.run()
+    assert ["attribution_image" in item for item in found] == [False, True, False, False]
+    item = found[1]
+    assert item["attribution_image"].shape == item["image"].shape
+    expected = EXPLAINER(small_unet(), cases()[1]["image"].as_tensor()[None]).attributions["image"]
+    torch.testing.assert_close(item["attribution_image"].as_tensor(), expected[0])
+    assert item["attribution_image"].meta["filename_or_obj"] == "scans/case-1.nii.gz"
+
+
+def test_several_explainers_are_kept_apart_by_name():
+    explainers = {"gradient": EXPLAINER, "both": Explainer({"a": TARGET, "b": MarginScore(1, 0, TARGET.region)}, Saliency())}
+    recorder = Recorder()
+    engine = evaluator([AttributionHandler(explainers, 1), recorder], data=cases(1))
+    engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: keys.extend(e.state.output["attribution"]))
+    keys: list[str] = []
+    engine.run()
+    assert keys == ["gradient_image", "both_a_image", "both_b_image"]
+    assert list(recorder.batches[0].explanations) == ["gradient", "both_a", "both_b"]
+    assert decollate_batch({"attribution": {"gradient_image": torch.zeros(2, 3)}})[1]["attribution"]["gradient_image"].shape == (3,)
+
+
+def test_the_engines_own_inferer_and_prediction_are_explained():
+    inferer, recorder = SlidingWindowInferer(8, overlap=0.5), Recorder()
+    network, calls = small_unet(), []
+    explainer = Explainer(RegionScore(1), Saliency())
+    engine = evaluator([AttributionHandler(explainer), recorder], data=cases(1), network=network, inferer=inferer)
+    network.register_forward_hook(lambda *_: calls.append(1))
+    engine.run()
+    explanation = next(iter(recorder.batches[0].explanations.values()))
+    assert explanation.facts["windows"] == 9
+    assert len(calls) == 9 + explanation.facts["active_windows"]
+
+
+def test_extra_inputs_of_prepare_batch_are_explained_by_name():
+    recorder = Recorder()
+    data = cases(2, clinical=torch.ones(3, dtype=torch.float64))
+    engine = evaluator(
+        [AttributionHandler(EXPLAINER), recorder],
+        data=data,
+        network=ImageAndVector(images=2),
+        prepare_batch=PrepareBatchExtraInput("clinical"),
+        inferer=None,
+    )
+    with torch.no_grad():
+        engine.network.body = small_unet(channels=2)
+    engine.network.forward = lambda image, vector: ImageAndVector.forward(engine.network, image, vector)
+    engine.run()
+    explanation = next(iter(recorder.batches[0].explanations.values()))
+    assert explanation.attributions["clinical"].shape == (1, 3)
+
+
+def test_a_half_precision_prediction_gives_the_region_and_single_precision_the_maps():
+    recorder = Recorder()
+    engine = evaluator([AttributionHandler(Explainer(RegionScore(1), Saliency()), on_error="raise"), recorder])
+    engine.inferer = HalfPrecision()
+    engine.run()
+    explanation = next(iter(recorder.batches[0].explanations.values()))
+    assert explanation.attributions["image"].dtype == torch.float64
+    assert recorder.batches[0].prediction.dtype == torch.bfloat16
+
+
+class HalfPrecision(SimpleInferer):
+    """Predicts in half precision, as mixed-precision evaluators do."""
+
+    def __call__(self, inputs, network, *args, **kwargs):
+        return network(inputs).bfloat16()
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_failing_explanation_is_logged_with_its_case_and_the_loop_goes_on(caplog):
+    recorder = Recorder()
+    explainers = {"broken": Explainer(RegionScore(7), Saliency()), "fine": EXPLAINER}
+    handler = AttributionHandler(explainers, 2)
+    engine = evaluator([handler, recorder])
+    with caplog.at_level(logging.WARNING):
+        engine.run()
+    assert engine.state.iteration == 4
+    assert handler.failures == 2
+    assert "case case-0, Saliency" in caplog.text
+    assert "needs at least 8 output channels" in caplog.text
+    assert [list(batch.explanations) for batch in recorder.batches] == [["fine"], ["fine"]]
+
+
+def test_a_failing_explanation_ends_the_loop_when_asked():
+    with pytest.raises(InputError, match="needs at least 8 output channels"):
+        evaluator([AttributionHandler(Explainer(RegionScore(7), Saliency()), on_error="raise")]).run()
+
+
+def test_an_interruption_is_never_swallowed():
+    class Interrupting(Saliency):
+        def attribute(self, scoring):
+            raise KeyboardInterrupt
+
+    network = small_unet().train()
+    engine = evaluator([AttributionHandler(Explainer(TARGET, Interrupting()))], network=network)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("options", [{"on_error": "ignore"}, {"interval": 0}])
+def test_options_out_of_range_are_named(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        AttributionHandler(EXPLAINER, **options)
+
+
+# ------------------------------------------------------------------------------------------------------- innocence
+
+
+def trainer(network, handlers, *, epochs=2):
+    """Return a trainer whose loop draws random numbers, so that a disturbed generator would show."""
+    data = cases(4)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    return SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(data, batch_size=2, shuffle=True, generator=generator),
+        network=network,
+        optimizer=optimizer,
+        loss_function=lambda p, y: torch.nn.functional.cross_entropy(p + 0.01 * torch.randn_like(p), y[:, 0].long()),
+        train_handlers=handlers,
+        decollate=False,
+    )
+
+
+def trained_state(handlers, validation_handlers):
+    torch.manual_seed(0)
+    network = small_unet().train()
+    torch.manual_seed(0)
+    validator = evaluator(validation_handlers, network=network, inferer=SlidingWindowInferer(8, overlap=0.5))
+    engine = trainer(network, [*handlers, ValidationHandler(1, validator=validator)])
+    engine.run()
+    return {
+        "network": network.state_dict(),
+        "optimizer": engine.optimizer.state_dict()["state"],
+        "generator": torch.get_rng_state(),
+        "training": torch.tensor([m.training for m in network.modules()]),
+    }
+
+
+def test_training_with_and_without_handlers_is_bit_identical():
+    explainers = {
+        "gradient": EXPLAINER,
+        "product": Explainer(TARGET, InputXGradient()),
+        "integrated": Explainer(RegionScore(1), IntegratedGradients(3)),
+        "sampled": Explainer(TARGET, GradientShap(3)),
+    }
+    recorder = Recorder()
+    plain = trained_state([], [])
+    explained = trained_state([AttributionHandler(explainers, 2), recorder], [AttributionHandler(explainers, 2), recorder])
+    assert len(recorder.batches) > 4
+    for name, value in plain.items():
+        torch.testing.assert_close(explained[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
