@@ -79,9 +79,15 @@ class Explainer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.attributor, Attributor):
-            raise InputError(f"Explainer(attributor=...) needs an attributor such as Saliency(), got {self.attributor!r}.")
+            raise InputError(
+                f"Explainer(attributor=...) needs an attributor such as Saliency(), got {self.attributor!r}."
+            )
         target = self.target
-        coerced = {k: _as_target(t) for k, t in target.items()} if isinstance(target, Mapping) else _as_target(target)
+        coerced = (
+            {k: _as_target(t) for k, t in target.items()}
+            if isinstance(target, Mapping)
+            else _as_target(target)
+        )
         object.__setattr__(self, "target", coerced)
 
     def __call__(
@@ -187,7 +193,9 @@ class _Task:
     def scoring(self, target: Target) -> Scoring:
         """Select once, and return the score of the frozen selection."""
         inferer, progress = self.explainer.inferer, self.explainer.progress
-        selection = tuple(part.to(self._first.device) for part in target.select(self._output(target), self.label))
+        selection = tuple(
+            part.to(self._first.device) for part in target.select(self._output(target), self.label)
+        )
         if self.slides and target.linear:
             assert isinstance(inferer, SlidingWindowInferer)
             return window_scoring(
@@ -195,7 +203,9 @@ class _Task:
             )
         function = ScoreFunction(self._whole(target), target, len(self.inputs))
         repeats = inferer is not None and not isinstance(inferer, SimpleInferer)
-        return Scoring(self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=progress)
+        return Scoring(
+            self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=progress
+        )
 
     def facts(self, scoring: Scoring) -> dict[str, int]:
         """Return how many windows there are and how many of them matter."""
@@ -242,16 +252,22 @@ def name_inputs(inputs: Inputs) -> dict[str, Tensor]:
     for name, x in inputs.items():
         _check_input(name, x)
     if len({x.shape[0] for x in inputs.values()}) > 1:
-        raise InputError(f"Inputs must have one batch size, got { {name: tuple(x.shape) for name, x in inputs.items()} }.")
+        raise InputError(
+            f"Inputs must have one batch size, got { {name: tuple(x.shape) for name, x in inputs.items()} }."
+        )
     return dict(inputs)
 
 
 def _check_input(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.numel() == 0:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"The input {name!r} must be a tensor of shape (N, C, *spatial) or (N, F), got {shape}.")
+        raise InputError(
+            f"The input {name!r} must be a tensor of shape (N, C, *spatial) or (N, F), got {shape}."
+        )
     if not x.is_floating_point():
-        raise InputError(f"The input {name!r} must be of floating-point numbers, got {x.dtype}: convert with .float().")
+        raise InputError(
+            f"The input {name!r} must be of floating-point numbers, got {x.dtype}: convert with .float()."
+        )
     for sample, values in enumerate(x):
         bad = int((~torch.isfinite(values)).sum())
         if bad:
@@ -280,7 +296,11 @@ def _plain(x: Tensor) -> Tensor:
 
 def _like(values: Tensor, source: Tensor) -> Tensor:
     """Return maps with the affine and applied operations of their input."""
-    return MetaTensor(values).copy_meta_from(source, copy_attr=True) if isinstance(source, MetaTensor) else values
+    return (
+        MetaTensor(values).copy_meta_from(source, copy_attr=True)
+        if isinstance(source, MetaTensor)
+        else values
+    )
 
 
 def _delta(attribution: Attribution) -> Tensor:
@@ -290,10 +310,8 @@ def _delta(attribution: Attribution) -> Tensor:
 
 
 def _seed(attributor: Attributor) -> int | None:
-    for owner in (attributor, getattr(attributor, "baseline", None)):
-        if hasattr(owner, "seed"):
-            return int(owner.seed)
-    return None
+    seeds = (getattr(owner, "seed", None) for owner in (attributor, getattr(attributor, "baseline", None)))
+    return next((int(seed) for seed in seeds if seed is not None), None)
 
 
 def _as_target(target: TargetLike) -> Target:
@@ -301,4 +319,6 @@ def _as_target(target: TargetLike) -> Target:
         return target
     if callable(target):
         return FunctionTarget(target)
-    raise InputError(f"Explainer(target=...) needs a target such as ClassScore() or RegionScore(1), got {target!r}.")
+    raise InputError(
+        f"Explainer(target=...) needs a target such as ClassScore() or RegionScore(1), got {target!r}."
+    )

@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -170,7 +170,7 @@ class Scoring:
 
     inputs: Mapping[str, Tensor]
     terms: Sequence[Term]
-    padding: Padding = Padding()
+    padding: Padding = field(default_factory=Padding)
     repeats_calls: bool = False
     progress: bool = False
 
@@ -186,7 +186,9 @@ class Scoring:
     def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar that appears once the work has taken two seconds."""
         return iter(
-            tqdm(work, desc=name, total=total, leave=False, delay=2.0, disable=None if self.progress else True)
+            tqdm(
+                work, desc=name, total=total, leave=False, delay=2.0, disable=None if self.progress else True
+            )
         )
 
     def parts(self, name: str, *wholes: Sequence[Tensor]) -> Iterator[tuple[Term, tuple[Tensors, ...]]]:

@@ -75,7 +75,9 @@ class Cases(ABC):
         """Forget what was seen in the epoch before."""
 
     @abstractmethod
-    def due(self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]) -> tuple[int, ...]:
+    def due(
+        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
+    ) -> tuple[int, ...]:
         """Return the samples of a batch that are to be explained.
 
         Args:
@@ -92,7 +94,9 @@ class FirstCases(Cases):
 
     n: int
 
-    def due(self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]) -> tuple[int, ...]:
+    def due(
+        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
+    ) -> tuple[int, ...]:
         return tuple(range(min(size, max(self.n - first, 0))))
 
 
@@ -102,7 +106,9 @@ class ChosenCases(Cases):
 
     chosen: frozenset[int | str]
 
-    def due(self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]) -> tuple[int, ...]:
+    def due(
+        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
+    ) -> tuple[int, ...]:
         by_name = any(isinstance(choice, str) for choice in self.chosen)
         own = names() if by_name else ("",) * size
         return tuple(i for i in range(size) if first + i in self.chosen or own[i] in self.chosen)
@@ -128,7 +134,9 @@ class WorstCases(Cases):
     def start_epoch(self) -> None:
         self._worst.clear()
 
-    def due(self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]) -> tuple[int, ...]:
+    def due(
+        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
+    ) -> tuple[int, ...]:
         prediction, label = engine.state.output[CommonKeys.PRED], engine.state.output.get(CommonKeys.LABEL)
         if label is None:
             raise InputError("WorstCases needs a label in the batch; choose FirstCases(n) or name the cases.")
@@ -149,7 +157,12 @@ def foreground_dice(prediction: Tensor, label: Tensor) -> Tensor:
     one_channel = prediction.shape[1] == 1
     classes = (prediction > 0).long() if one_channel else prediction.argmax(1, keepdim=True)
     truth = label if label.shape[1] == 1 else label.argmax(1, keepdim=True)
-    helper = DiceHelper(include_background=False, reduction="none", num_classes=max(prediction.shape[1], 2), get_not_nans=False)
+    helper = DiceHelper(
+        include_background=False,
+        reduction="none",
+        num_classes=max(prediction.shape[1], 2),
+        get_not_nans=False,
+    )
     return torch.as_tensor(helper(classes, truth)).nanmean(1)
 
 
@@ -195,7 +208,9 @@ class AttributionHandler:
             raise InputError(f"AttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
         if interval < 1:
             raise InputError(f"AttributionHandler(interval={interval}) must be at least 1.")
-        self.explainers = dict(explainer) if isinstance(explainer, Mapping) else {explainer.attributor.name: explainer}
+        self.explainers = (
+            dict(explainer) if isinstance(explainer, Mapping) else {explainer.attributor.name: explainer}
+        )
         self.is_single = not isinstance(explainer, Mapping)
         self.cases = as_cases(cases)
         self.interval = interval
@@ -253,7 +268,12 @@ class AttributionHandler:
             engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
 
     def _run(
-        self, engine: Engine, explainer: Explainer, inputs: Mapping[str, Tensor], label: Tensor | None, prediction: Any
+        self,
+        engine: Engine,
+        explainer: Explainer,
+        inputs: Mapping[str, Tensor],
+        label: Tensor | None,
+        prediction: Any,
     ) -> dict[str, Explanation]:
         own = getattr(engine, "inferer", None)
         explains_what_ran = explainer.inferer is None or explainer.inferer is own
@@ -289,7 +309,9 @@ class AttributionHandler:
         """Return the inputs of the network by name, as the engine fed them, and the label."""
         prepare = getattr(engine, "prepare_batch", None)
         if prepare is None:
-            raise InputError(f"{type(engine).__name__} has no prepare_batch: use a MONAI trainer or evaluator.")
+            raise InputError(
+                f"{type(engine).__name__} has no prepare_batch: use a MONAI trainer or evaluator."
+            )
         with preserved_generators():
             batch = prepare(engine.state.batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
         image, label, *further = batch
@@ -300,7 +322,10 @@ class AttributionHandler:
                 "PrepareBatchExtraInput with a list of keys, so that they are positional."
             )
         if isinstance(engine.state.output, dict):
-            image, label = engine.state.output.get(CommonKeys.IMAGE, image), engine.state.output.get(CommonKeys.LABEL, label)
+            image, label = (
+                engine.state.output.get(CommonKeys.IMAGE, image),
+                engine.state.output.get(CommonKeys.LABEL, label),
+            )
         names = getattr(prepare, "extra_keys", None) or [f"input{i + 1}" for i in range(len(arguments))]
         names = [names] if isinstance(names, str) else names
         return {CommonKeys.IMAGE: image, **dict(zip(names, arguments, strict=True))}, label
@@ -311,7 +336,9 @@ class AttributionHandler:
         if names is None and isinstance(batch, Mapping):
             image = batch.get(CommonKeys.IMAGE)
             files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-            names = None if files is None else [Path(str(file)).name.split(".")[0] for file in _as_list(files)]
+            names = (
+                None if files is None else [Path(str(file)).name.split(".")[0] for file in _as_list(files)]
+            )
         names = [f"case{first + i}" for i in range(size)] if names is None else _as_list(names)
         return tuple(str(name.item() if isinstance(name, Tensor) else name) for name in names)
 

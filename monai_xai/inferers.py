@@ -38,5 +38,7 @@ class AttributionInferer(Inferer):
         named = {"image": inputs} | {f"input{i + 1}": x for i, x in enumerate(args)}
         explanation = self.explainer(network, named)  # type: ignore[arg-type]
         if not isinstance(explanation, Explanation):
-            raise InputError(f"AttributionInferer needs an explainer for one target, got {sorted(explanation)}.")
+            raise InputError(
+                f"AttributionInferer needs an explainer for one target, got {sorted(explanation)}."
+            )
         return explanation.attributions["image"]

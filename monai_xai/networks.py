@@ -116,7 +116,9 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     modules = dict(network.named_modules())
     if name not in modules or not name:
         near = difflib.get_close_matches(name, [n for n in modules if n], n=5, cutoff=0.3)
-        raise InputError(f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}.")
+        raise InputError(
+            f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}."
+        )
     return modules[name]
 
 

@@ -77,7 +77,9 @@ class Labeled(Region):
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if label is None:
-            raise InputError("Labeled() needs a label: call the explainer with label=..., or use Predicted().")
+            raise InputError(
+                "Labeled() needs a label: call the explainer with label=..., or use Predicted()."
+            )
         if label.shape[2:] != output.shape[2:] or label.shape[0] != output.shape[0]:
             raise InputError(
                 f"Labeled() needs a label of shape (N, 1, *spatial) on the grid of the output "
@@ -124,7 +126,9 @@ class Component(Region):
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if self.k is None:
-            raise InputError("Component(k=None) stands for several regions; give one of them, or call the explainer.")
+            raise InputError(
+                "Component(k=None) stands for several regions; give one of them, or call the explainer."
+            )
         whole = self.of.mask(output, label, channel)
         return torch.stack([self._component(sample[0], self.k, i) for i, sample in enumerate(whole)])[:, None]
 
@@ -132,10 +136,14 @@ class Component(Region):
         if self.k is not None:
             return {}
         if output.shape[0] != 1:
-            raise InputError(f"Component(k=None) explains every lesion of one case, got a batch of {output.shape[0]}.")
+            raise InputError(
+                f"Component(k=None) explains every lesion of one case, got a batch of {output.shape[0]}."
+            )
         count = len(self._labels(self.of.mask(output, label, channel)[0, 0])[1])
         if count == 0:
-            raise EmptyRegionError(f"{self} is empty in sample 0: no component of at least {self.min_voxels} voxels.")
+            raise EmptyRegionError(
+                f"{self} is empty in sample 0: no component of at least {self.min_voxels} voxels."
+            )
         return {f"component{k}": replace(self, k=k) for k in range(count)}
 
     def _labels(self, mask: Tensor) -> tuple[np.ndarray, list[int]]:
@@ -172,7 +180,7 @@ class Box(Region):
         if not inside:
             raise InputError(f"{self} does not lie within an output of spatial shape {tuple(spatial)}.")
         mask = torch.zeros((output.shape[0], 1, *spatial), dtype=torch.bool, device=output.device)
-        mask[(..., *(slice(start, end) for start, end in corners))] = True
+        mask[(slice(None), slice(None), *(slice(start, end) for start, end in corners))] = True
         return mask
 
 
@@ -184,7 +192,9 @@ class Voxel(Region):
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]
-        if len(self.index) != len(spatial) or not all(0 <= i < n for i, n in zip(self.index, spatial, strict=True)):
+        if len(self.index) != len(spatial) or not all(
+            0 <= i < n for i, n in zip(self.index, spatial, strict=True)
+        ):
             raise InputError(f"{self} does not lie within an output of spatial shape {tuple(spatial)}.")
         return Box(tuple(self.index), tuple(i + 1 for i in self.index)).mask(output, label, channel)
 
@@ -205,4 +215,6 @@ class Mask(Region):
         try:
             return voxels.expand(shape)
         except RuntimeError as error:
-            raise InputError(f"Mask needs voxels that expand to {shape}, got shape {tuple(voxels.shape)}.") from error
+            raise InputError(
+                f"Mask needs voxels that expand to {shape}, got shape {tuple(voxels.shape)}."
+            ) from error

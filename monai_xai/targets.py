@@ -1,4 +1,4 @@
-"""Targets: what is explained. *Select once, score often.*
+"""Targets: what is explained, selected once and scored often.
 
 A target looks at the clean prediction once (:meth:`Target.select`) and from then on turns any output of the network
 into one number per sample (:meth:`Target.score`). What was selected does not move while the input is perturbed.
@@ -69,9 +69,13 @@ def pick_head(output: Any, head: str | int | None) -> Tensor:
         try:
             output = output[head]  # type: ignore[index]
         except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"head={head!r} is not a part of the network's output, which {_describe(output)}.") from error
+            raise InputError(
+                f"head={head!r} is not a part of the network's output, which {_describe(output)}."
+            ) from error
     if not isinstance(output, Tensor):
-        raise InputError(f"The network's output {_describe(output)}. Choose a part with head=..., for example head=0.")
+        raise InputError(
+            f"The network's output {_describe(output)}. Choose a part with head=..., for example head=0."
+        )
     return output
 
 
@@ -96,14 +100,18 @@ def _class_scores(target: Target, output: Tensor) -> Tensor:
 def _channel(target: Target, output: Tensor, channel: int) -> Tensor:
     """Return one channel of a dense output, shape (N, 1, *spatial)."""
     if output.ndim < 3:
-        raise InputError(f"{target} needs an output of shape (N, C, *spatial), got {tuple(output.shape)}.{_HINT}")
+        raise InputError(
+            f"{target} needs an output of shape (N, C, *spatial), got {tuple(output.shape)}.{_HINT}"
+        )
     _check_channel(target, output, channel)
     return output[:, channel : channel + 1]
 
 
 def _check_channel(target: Target, output: Tensor, channel: int) -> None:
     if not 0 <= channel < output.shape[1]:
-        raise InputError(f"{target} needs at least {channel + 1} output channels, got shape {tuple(output.shape)}.{_HINT}")
+        raise InputError(
+            f"{target} needs at least {channel + 1} output channels, got shape {tuple(output.shape)}.{_HINT}"
+        )
 
 
 @dataclass(frozen=True)

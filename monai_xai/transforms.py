@@ -45,7 +45,11 @@ class Explain(Transform):
     def explanation(self, inputs: Tensor | Mapping[str, Tensor], label: Tensor | None = None) -> Explanation:
         """Return the whole explanation, with a batch axis of one, on the device of the inputs."""
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        batch = {k: _batched(x, device) for k, x in inputs.items()} if isinstance(inputs, Mapping) else _batched(inputs, device)
+        batch = (
+            {k: _batched(x, device) for k, x in inputs.items()}
+            if isinstance(inputs, Mapping)
+            else _batched(inputs, device)
+        )
         found = self.explainer(self.network, batch, label=None if label is None else _batched(label, device))
         if not isinstance(found, Explanation):
             raise InputError(f"Explain needs an explainer for one target, got {sorted(found)}.")
@@ -84,7 +88,9 @@ class Explaind(MapTransform):
         d = dict(data)
         inputs = {str(key): d[key] for key in self.key_iterator(d)}
         if self.label_key is not None and self.label_key not in d:
-            raise KeyError(f"Explaind(label_key={self.label_key!r}) is missing in the data, which has {sorted(map(str, d))}.")
+            raise KeyError(
+                f"Explaind(label_key={self.label_key!r}) is missing in the data, which has {sorted(map(str, d))}."
+            )
         label = d[self.label_key] if self.label_key is not None else None
         return d | {f"{self.prefix}_{name}": values for name, values in self.explain(inputs, label).items()}
 
@@ -120,10 +126,11 @@ class AtomicNibabelWriter(NibabelWriter):
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         try:
             super().write(partial, verbose=verbose, **obj_kwargs)
-            os.replace(partial, path)
+            partial.replace(path)
         except OSError as error:
             raise OSError(
-                error.errno, f"{path} is not written ({error.strerror or error}): free disk space or check rights, then run again"
+                error.errno,
+                f"{path} is not written ({error.strerror or error}): free disk space or check rights, then run again",
             ) from error
         finally:
             partial.unlink(missing_ok=True)

@@ -40,6 +40,11 @@ def is_sliding_window(inferer: Inferer | None) -> bool:
     return isinstance(inferer, SlidingWindowInferer) and type(inferer).__call__ in exact
 
 
+def everywhere(place: Place) -> Place:
+    """Return the index of a place in every sample and channel."""
+    return slice(None), slice(None), *place
+
+
 @dataclass(frozen=True, eq=False)
 class Windows(Padding):
     """Where the windows of an inferer lie on one grid, and how they are weighted.
@@ -108,7 +113,7 @@ class Windows(Padding):
         """Sum of the importance weights of all windows, shape (1, 1, *padded)."""
         total = torch.zeros((1, 1, *self._padded_shape), dtype=self.dtype, device=self.device)
         for place in self.places:
-            total[(..., *place)] += self.importance
+            total[everywhere(place)] += self.importance
         return total
 
     def window_device(self, default: torch.device) -> torch.device:
@@ -135,8 +140,10 @@ class Windows(Padding):
 
     def crop(self, x: Tensor) -> Tensor:
         """Return the part of a padded image that the image occupies."""
-        slices = (slice(before, before + n) for (before, _), n in zip(self.margins, self.spatial, strict=True))
-        return x[(..., *slices)]
+        slices = (
+            slice(before, before + n) for (before, _), n in zip(self.margins, self.spatial, strict=True)
+        )
+        return x[everywhere(tuple(slices))]
 
     def pad_with_zeros(self, x: Tensor) -> Tensor:
         """Return weights of the image as weights of the padded image."""
@@ -205,14 +212,16 @@ class StitchedNetwork(nn.Module):
         head: the part of the network's output that is stitched.
     """
 
-    def __init__(self, network: nn.Module, inferer: SlidingWindowInferer, head: str | int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, inferer: SlidingWindowInferer, head: str | int | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.inferer = inferer
         self.head = head
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return _Stitch.apply(self, *inputs)
+        return _Stitch.apply(self, *inputs)  # type: ignore[no-untyped-call]
 
     def predict(self, *inputs: Tensor) -> Tensor:
         """Return the stitched prediction, shape (N, C, *spatial), by the inferer's own call."""
@@ -232,18 +241,24 @@ class StitchedNetwork(nn.Module):
 
         def predict(window: Tensor) -> Tensor:
             parts = iter(window.split(channels, dim=1))
-            row = (next(parts) if windows.is_image(x) else x.expand(len(window), -1).to(window) for x in inputs)
+            row = (
+                next(parts) if windows.is_image(x) else x.expand(len(window), -1).to(window) for x in inputs
+            )
             return window_output(self.network(*row), self.head, window.shape[2:])
 
         return pick_head(self.inferer(images, predict), None).to(images.device)
 
-    def pull_back(self, cotangent: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    def pull_back(
+        self, cotangent: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
         """Return the gradient of ``sum(cotangent * output)`` with respect to the needed inputs."""
         windows = plan_windows(self.inferer, inputs)
         padded = [windows.pad(x) for x in inputs]
         totals = [torch.zeros_like(x) for x in padded]
         weighted = windows.pad_with_zeros(cotangent) / windows.total_importance
-        for term in _window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weighted, inputs):
+        for term in _window_terms(
+            windows, _Contraction(self.network, self.head, len(inputs)), weighted, inputs
+        ):
             _, gradients = term.gradient(term.cut(padded))
             term.add(totals, gradients)
         return [windows.unpad(total) if need else None for total, need in zip(totals, needed, strict=True)]
@@ -335,7 +350,7 @@ class WindowTerm(Term):
             total[self._index(total)] += part.to(total)
 
     def blending(self) -> Tensor:
-        return self.windows.importance / self.windows.total_importance[(..., *self.place)]
+        return self.windows.importance / self.windows.total_importance[everywhere(self.place)]
 
     def coordinates(self, x: Tensor) -> list[Tensor]:
         channels = torch.arange(x.shape[1], device=x.device)
@@ -360,7 +375,7 @@ def _window_terms(
         WindowTerm(windows, function, place, sample, weights)
         for sample in range(inputs[0].shape[0])
         for place in windows.places
-        if touched[(sample, *place)].any()
+        if touched[(slice(sample, sample + 1), *place)].any()
     ]
 
 
@@ -385,6 +400,9 @@ def window_scoring(
     """
     values = tuple(inputs.values())
     windows = plan_windows(inferer, values)
-    weights = windows.pad_with_zeros(selection.to(device=windows.device, dtype=windows.dtype)) / windows.total_importance
+    weights = (
+        windows.pad_with_zeros(selection.to(device=windows.device, dtype=windows.dtype))
+        / windows.total_importance
+    )
     terms = _window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
     return Scoring(inputs, terms, padding=windows, progress=progress)

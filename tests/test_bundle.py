@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -79,7 +78,9 @@ def test_sequences_without_evidence_know_nothing_of_the_lesions(scripts: ModuleT
 
 
 @pytest.mark.parametrize("evidence", [("FLAIR",), ("T1", "T2")], ids="+".join)
-def test_lesions_stand_out_in_the_planted_sequences_only(scripts: ModuleType, evidence: tuple[str, ...]) -> None:
+def test_lesions_stand_out_in_the_planted_sequences_only(
+    scripts: ModuleType, evidence: tuple[str, ...]
+) -> None:
     phantom = scripts.Phantom(evidence=evidence)
     contrast = np.mean([_lesion_contrast(scripts.make_case(phantom, number)) for number in (1, 2, 3)], axis=0)
     for name, value in zip(SEQUENCES, np.abs(contrast), strict=True):
@@ -90,7 +91,8 @@ def _lesion_contrast(case: Any) -> list[float]:
     """Lesion against the tissue around it, in standard deviations of the latter, by sequence."""
     around = ndimage.binary_dilation(case.lesion, iterations=2) & ~ndimage.binary_dilation(case.lesion)
     return [
-        (np.median(image[case.lesion]) - np.median(image[around])) / image[around].std() for image in case.images.values()
+        (np.median(image[case.lesion]) - np.median(image[around])) / image[around].std()
+        for image in case.images.values()
     ]
 
 
@@ -162,7 +164,10 @@ def test_every_fifth_case_is_held_out(scripts: ModuleType, phantoms: Path) -> No
 def test_named_cases_replace_the_split(scripts: ModuleType, phantoms: Path) -> None:
     assert _names(scripts.training_cases(phantoms, train="phantom01")) == ["phantom01"]
     assert _names(scripts.training_cases(phantoms, test=["phantom02"])) == ["phantom01", "phantom03"]
-    assert _names(scripts.held_out_cases(phantoms, test=["phantom03", "phantom02"])) == ["phantom03", "phantom02"]
+    assert _names(scripts.held_out_cases(phantoms, test=["phantom03", "phantom02"])) == [
+        "phantom03",
+        "phantom02",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +251,9 @@ def test_background_is_exactly_constant_whatever_the_units(scripts: ModuleType, 
     volume = torch.stack([torch.from_numpy(case.images[name].astype(np.float32)) for name in SEQUENCES])
     normalize = scripts.NormalizeForegroundd(keys="image")
     plain = normalize({"image": MetaTensor(volume)})["image"]
-    scaled = normalize({"image": MetaTensor(volume * torch.tensor([0.1, 3.0, 7.0, 1.0])[:, None, None, None])})["image"]
+    scaled = normalize(
+        {"image": MetaTensor(volume * torch.tensor([0.1, 3.0, 7.0, 1.0])[:, None, None, None])}
+    )["image"]
     corner = plain[:, :4, :4, -4:]
     assert (corner == 0).all()
     assert 0.2 < float((plain != 0).any(0).float().mean()) < 0.7
@@ -276,7 +283,17 @@ TENSOR = {
     "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
 }
 TENSORS = {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
-TEXTS = ("schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description", "authors", "copyright")
+TEXTS = (
+    "schema",
+    "version",
+    "monai_version",
+    "pytorch_version",
+    "numpy_version",
+    "task",
+    "description",
+    "authors",
+    "copyright",
+)
 # What the Model Zoo's meta_schema_20240725.json asks for.
 SCHEMA = {
     "type": "object",
@@ -370,7 +387,15 @@ def _run(files: list[Path | str], **settings: Any) -> str:
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", str([str(file) for file in files]), *options],
+        [
+            sys.executable,
+            "-m",
+            "monai.bundle",
+            "run",
+            "--config_file",
+            str([str(file) for file in files]),
+            *options,
+        ],
         cwd=BUNDLE,
         env=environment,
         capture_output=True,
@@ -407,7 +432,9 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return settings, root / "eval"
 
 
-def test_training_saves_weights_and_shows_explanations_over_epochs(trained: tuple[dict[str, Any], Path]) -> None:
+def test_training_saves_weights_and_shows_explanations_over_epochs(
+    trained: tuple[dict[str, Any], Path],
+) -> None:
     settings, output = trained
     assert (settings["ckpt_dir"] / "model.pt").is_file()
     tags = _tags(output)
@@ -416,7 +443,9 @@ def test_training_saves_weights_and_shows_explanations_over_epochs(trained: tupl
     assert any(tag.endswith("/planes") for tag in tags), tags
 
 
-def test_inference_saves_maps_in_the_space_of_the_scan(trained: tuple[dict[str, Any], Path], phantoms: Path) -> None:
+def test_inference_saves_maps_in_the_space_of_the_scan(
+    trained: tuple[dict[str, Any], Path], phantoms: Path
+) -> None:
     settings, output = trained
     _run(["configs/inference.yaml", "configs/explain.yaml"], **settings)
     scan = nibabel.load(phantoms / "phantom01" / "FLAIR.nii.gz")

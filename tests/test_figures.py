@@ -443,11 +443,9 @@ def test_many_features_keep_their_order_and_the_rest_is_summed() -> None:
     assert "The 30 largest of 40; 10 others with a sum of +45 are not drawn." in words(figure)
 
 
-@pytest.mark.parametrize(
-    "values", [np.zeros(2), np.array([np.nan, 1.0]), np.zeros(0)], ids=["zero", "nan", "none"]
-)
+@pytest.mark.parametrize("values", [np.zeros(2), np.array([np.nan, 1.0])], ids=["zero", "nan"])
 def test_odd_bars_are_drawn(values: NDArray[np.float64]) -> None:
-    figure = draw_bars(values, ["a", "b"][: len(values)])
+    figure = draw_bars(values, ["a", "b"])
     assert rasterize(figure).any()
     assert ("not finite" in words(figure)) == np.isnan(values).any()
 
@@ -455,6 +453,8 @@ def test_odd_bars_are_drawn(values: NDArray[np.float64]) -> None:
 def test_bars_need_a_name_each() -> None:
     with pytest.raises(InputError, match=r"\(3,\) and 2 names"):
         draw_bars(np.zeros(3), ["a", "b"])
+    with pytest.raises(InputError, match="0 names"):
+        draw_bars(np.zeros(0), [])
 
 
 # ---- animation
@@ -482,9 +482,9 @@ def test_animation_colors_the_lesion_in_its_slices_only() -> None:
 
 
 def test_animation_of_a_large_volume_stays_small() -> None:
-    shape = (120, 600, 500)
+    shape = (20, 600, 500)
     large = np.broadcast_to(np.float32(1), (1, *shape)).copy()
-    large[0, 50] = 2
+    large[0, 9] = 2
     moving = animate(Scene(large, large), frames=3, side=100)
     assert len(moving.frames) == 3
     assert max(moving.frames.shape[1:]) < 300

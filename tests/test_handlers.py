@@ -40,7 +40,9 @@ def cases(n=4, **extra):
     """Return a data set of n named cases with image and label."""
     items = []
     for i in range(n):
-        image = MetaTensor(random_image(2, 16, 16, seed=i), meta={"filename_or_obj": f"scans/case-{i}.nii.gz"})
+        image = MetaTensor(
+            random_image(2, 16, 16, seed=i), meta={"filename_or_obj": f"scans/case-{i}.nii.gz"}
+        )
         items.append({"image": image, "label": (random_image(1, 16, 16, seed=100 + i) > 0).double(), **extra})
     return Dataset(items)
 
@@ -64,7 +66,9 @@ class Recorder:
 
     def attach(self, engine):
         register_events(engine)
-        engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: self.batches.append(e.state.explained))
+        engine.add_event_handler(
+            AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: self.batches.append(e.state.explained)
+        )
 
     @property
     def cases(self):
@@ -94,7 +98,10 @@ def test_the_worst_cases_by_a_metric_are_all_among_the_explained():
     found = explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]])))
     assert found == ["case-0", "case-1", "case-2", "case-3"]
     order = iter([3, 1, 0, 2])
-    assert explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]]))) == ["case-0", "case-1"]
+    assert explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]]))) == [
+        "case-0",
+        "case-1",
+    ]
 
 
 def test_the_default_metric_of_the_worst_cases_is_the_foreground_dice():
@@ -149,22 +156,31 @@ def test_maps_are_in_the_output_before_decollation_and_pass_through_post_process
 
 
 def test_several_explainers_are_kept_apart_by_name():
-    explainers = {"gradient": EXPLAINER, "both": Explainer({"a": TARGET, "b": MarginScore(1, 0, TARGET.region)}, Saliency())}
+    explainers = {
+        "gradient": EXPLAINER,
+        "both": Explainer({"a": TARGET, "b": MarginScore(1, 0, TARGET.region)}, Saliency()),
+    }
     recorder = Recorder()
     engine = evaluator([AttributionHandler(explainers, 1), recorder], data=cases(1))
-    engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: keys.extend(e.state.output["attribution"]))
+    engine.add_event_handler(
+        AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: keys.extend(e.state.output["attribution"])
+    )
     keys: list[str] = []
     engine.run()
     assert keys == ["gradient_image", "both_a_image", "both_b_image"]
     assert list(recorder.batches[0].explanations) == ["gradient", "both_a", "both_b"]
-    assert decollate_batch({"attribution": {"gradient_image": torch.zeros(2, 3)}})[1]["attribution"]["gradient_image"].shape == (3,)
+    assert decollate_batch({"attribution": {"gradient_image": torch.zeros(2, 3)}})[1]["attribution"][
+        "gradient_image"
+    ].shape == (3,)
 
 
 def test_the_engines_own_inferer_and_prediction_are_explained():
     inferer, recorder = SlidingWindowInferer(8, overlap=0.5), Recorder()
     network, calls = small_unet(), []
     explainer = Explainer(RegionScore(1), Saliency())
-    engine = evaluator([AttributionHandler(explainer), recorder], data=cases(1), network=network, inferer=inferer)
+    engine = evaluator(
+        [AttributionHandler(explainer), recorder], data=cases(1), network=network, inferer=inferer
+    )
     network.register_forward_hook(lambda *_: calls.append(1))
     engine.run()
     explanation = next(iter(recorder.batches[0].explanations.values()))
@@ -192,7 +208,9 @@ def test_extra_inputs_of_prepare_batch_are_explained_by_name():
 
 def test_a_half_precision_prediction_gives_the_region_and_single_precision_the_maps():
     recorder = Recorder()
-    engine = evaluator([AttributionHandler(Explainer(RegionScore(1), Saliency()), on_error="raise"), recorder])
+    engine = evaluator(
+        [AttributionHandler(Explainer(RegionScore(1), Saliency()), on_error="raise"), recorder]
+    )
     engine.inferer = HalfPrecision()
     engine.run()
     explanation = next(iter(recorder.batches[0].explanations.values()))
@@ -262,7 +280,9 @@ def trainer(network, handlers, *, epochs=2):
         train_data_loader=DataLoader(data, batch_size=2, shuffle=True, generator=generator),
         network=network,
         optimizer=optimizer,
-        loss_function=lambda p, y: torch.nn.functional.cross_entropy(p + 0.01 * torch.randn_like(p), y[:, 0].long()),
+        loss_function=lambda p, y: torch.nn.functional.cross_entropy(
+            p + 0.01 * torch.randn_like(p), y[:, 0].long()
+        ),
         train_handlers=handlers,
         decollate=False,
     )
@@ -292,7 +312,11 @@ def test_training_with_and_without_handlers_is_bit_identical():
     }
     recorder = Recorder()
     plain = trained_state([], [])
-    explained = trained_state([AttributionHandler(explainers, 2), recorder], [AttributionHandler(explainers, 2), recorder])
+    explained = trained_state(
+        [AttributionHandler(explainers, 2), recorder], [AttributionHandler(explainers, 2), recorder]
+    )
     assert len(recorder.batches) > 4
     for name, value in plain.items():
-        torch.testing.assert_close(explained[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            explained[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -12,7 +12,15 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import Compose, DivisiblePadd, EnsureChannelFirstd, Invertd, LoadImaged, SaveImaged, Spacingd
+from monai.transforms import (
+    Compose,
+    DivisiblePadd,
+    EnsureChannelFirstd,
+    Invertd,
+    LoadImaged,
+    SaveImaged,
+    Spacingd,
+)
 from networks import ImageAndVector, random_image, small_unet
 
 from monai_xai import (
@@ -56,7 +64,9 @@ def test_a_label_reaches_the_region_and_several_targets_are_refused():
     explainer = Explainer(RegionScore(1, Labeled()), Saliency())
     image = random_image(2, 16, 16)
     found = Explaind("image", explainer, small_unet(), label_key="label")({"image": image, "label": label})
-    expected = Explainer(RegionScore(1, Box((3, 3), (5, 5))), Saliency())(small_unet(), image[None]).attributions["image"]
+    expected = Explainer(RegionScore(1, Box((3, 3), (5, 5))), Saliency())(
+        small_unet(), image[None]
+    ).attributions["image"]
     torch.testing.assert_close(found["attribution_image"], expected[0])
     with pytest.raises(InputError, match="one target"):
         Explain(Explainer(RegionScore(1, Component(None)), Saliency()), small_unet())(image)
@@ -78,13 +88,24 @@ def test_maps_return_to_the_scans_own_space(tmp_path):
     network = small_unet(3, channels=1).float()
     explainer = Explainer(RegionScore(1, Box((2, 2, 2), (9, 9, 7))), Saliency())
     before = Compose(
-        [LoadImaged("image"), EnsureChannelFirstd("image"), Spacingd("image", (2.0, 2.0, 2.0)), DivisiblePadd("image", 2)]
+        [
+            LoadImaged("image"),
+            EnsureChannelFirstd("image"),
+            Spacingd("image", (2.0, 2.0, 2.0)),
+            DivisiblePadd("image", 2),
+        ]
     )
     saver = SaveImaged(
-        "attribution_image", output_dir=tmp_path, writer=AtomicNibabelWriter, separate_folder=False, print_log=False
+        "attribution_image",
+        output_dir=tmp_path,
+        writer=AtomicNibabelWriter,
+        separate_folder=False,
+        print_log=False,
     )
     invert = Invertd("attribution_image", before, "image", nearest_interp=False)
-    Compose([Explaind("image", explainer, network), invert, saver])(before({"image": tmp_path / "scan.nii.gz"}))
+    Compose([Explaind("image", explainer, network), invert, saver])(
+        before({"image": tmp_path / "scan.nii.gz"})
+    )
     saved = nibabel.load(tmp_path / "scan_trans.nii.gz")
     np.testing.assert_allclose(saved.affine, affine)
     assert saved.shape == (14, 12, 8)
@@ -121,7 +142,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         made.write({str(tmp_path / "map.nii")!r})
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
     assert result.returncode != 0
     assert "map.nii is not written" in result.stderr
     assert "free disk space" in result.stderr
@@ -130,7 +153,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
 
 
 def test_maps_of_a_transform_keep_the_meta_data():
-    image = MetaTensor(random_image(2, 16, 16), affine=torch.eye(4, dtype=torch.float64) * 2, meta={"filename_or_obj": "a.nii"})
+    image = MetaTensor(
+        random_image(2, 16, 16),
+        affine=torch.eye(4, dtype=torch.float64) * 2,
+        meta={"filename_or_obj": "a.nii"},
+    )
     found = Explain(EXPLAINER, small_unet())(image)
     assert isinstance(found, MetaTensor)
     assert found.meta["filename_or_obj"] == "a.nii"

@@ -24,7 +24,13 @@ from monai_xai.explainer import InfererNetwork
 SETTINGS = [
     {"roi_size": 16, "overlap": 0.25},
     {"roi_size": (16, 12), "overlap": 0.5, "mode": "gaussian"},
-    {"roi_size": (16, 12), "overlap": (0.75, 0.0), "mode": "gaussian", "sigma_scale": (0.2, 0.1), "sw_batch_size": 3},
+    {
+        "roi_size": (16, 12),
+        "overlap": (0.75, 0.0),
+        "mode": "gaussian",
+        "sigma_scale": (0.2, 0.1),
+        "sw_batch_size": 3,
+    },
     {"roi_size": (16, -1), "overlap": 0.6, "sw_batch_size": 4},
     {"roi_size": (16, 16), "overlap": 0.5, "buffer_steps": 2, "buffer_dim": 0},
     {"roi_size": (16, 16), "overlap": 0.5, "mode": "gaussian", "cache_roi_weight_map": True},
@@ -93,7 +99,11 @@ def test_a_target_that_is_not_linear_is_exact_through_the_stitched_route():
 @pytest.mark.parametrize("linear", [True, False], ids=["window route", "stitched route"])
 def test_several_images_and_a_vector_equal_windowing_by_hand(linear):
     network = ImageAndVector(images=2)
-    inputs = {"ct": random_image(2, 1, 20, 18), "pet": random_image(2, 1, 20, 18, seed=1), "clinical": random_image(2, 3)}
+    inputs = {
+        "ct": random_image(2, 1, 20, 18),
+        "pet": random_image(2, 1, 20, 18, seed=1),
+        "clinical": random_image(2, 3),
+    }
     inferer = SlidingWindowInferer(12, 2, overlap=0.5, mode="gaussian")
     target = RegionScore(1, Box((3, 3), (11, 9))) if linear else lambda o: o[:, 1, 3:11, 3:9].mean((1, 2))
     explanation = Explainer(target, Saliency(), inferer)(network, inputs)
@@ -105,7 +115,9 @@ def test_several_images_and_a_vector_equal_windowing_by_hand(linear):
 
         score = inferer(torch.cat([ct, pet], 1), predictor)[:, 1, 3:11, 3:9].mean()
         for name, expected in zip(inputs, torch.autograd.grad(score, [ct, pet, clinical]), strict=True):
-            torch.testing.assert_close(explanation.attributions[name][sample : sample + 1], expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                explanation.attributions[name][sample : sample + 1], expected, rtol=0, atol=1e-12
+            )
 
 
 def test_windows_without_region_are_skipped_and_voxels_outside_get_zero():
@@ -123,7 +135,9 @@ def test_the_network_runs_once_per_active_window_and_no_more():
     network, x = small_unet(), random_image(1, 2, 64, 64)
     calls = []
     handle = network.register_forward_hook(lambda *_: calls.append(1))
-    Explainer(RegionScore(1, Box((2, 2), (14, 30))), Saliency(), SlidingWindowInferer(16, overlap=0.0))(network, x)
+    Explainer(RegionScore(1, Box((2, 2), (14, 30))), Saliency(), SlidingWindowInferer(16, overlap=0.0))(
+        network, x
+    )
     handle.remove()
     assert len(calls) == 2
 
@@ -134,7 +148,9 @@ def test_complete_methods_add_up_through_windows(method, setting):
     network, x = small_unet(), random_image(2, 2, 28, 24)
     explanation = Explainer(RegionScore(1, Predicted()), method, SlidingWindowInferer(**setting))(network, x)
     assert (explanation.gap <= 0.01).all()
-    expected = explanation.attributions["image"].flatten(1).sum(1) - (explanation.score - explanation.baseline_score)
+    expected = explanation.attributions["image"].flatten(1).sum(1) - (
+        explanation.score - explanation.baseline_score
+    )
     torch.testing.assert_close(explanation.delta, expected)
 
 
@@ -191,7 +207,9 @@ def test_adaptive_inferer_is_a_sliding_window_and_slice_inferer_is_replayed():
     slices = SliceInferer(roi_size=(16, 16), spatial_dim=2, overlap=0.5)
     score = slices(volume, network)[:, 1, 4:9, 4:9, 1:2].mean()
     (gradient,) = torch.autograd.grad(score, volume)
-    explanation = Explainer(RegionScore(1, Box((4, 4, 1), (9, 9, 2))), Saliency(), slices)(network, volume.detach())
+    explanation = Explainer(RegionScore(1, Box((4, 4, 1), (9, 9, 2))), Saliency(), slices)(
+        network, volume.detach()
+    )
     torch.testing.assert_close(explanation.attributions["image"], gradient, rtol=0, atol=1e-12)
     assert isinstance(InfererNetwork(network, slices)(volume), torch.Tensor)
 
@@ -219,7 +237,9 @@ def test_window_coordinates_are_refused_by_name():
 def test_grids_that_differ_are_refused_with_their_shapes():
     inputs = {"ct": random_image(1, 1, 20, 18), "pet": random_image(1, 1, 10, 9)}
     with pytest.raises(ValueError, match=r"share grid.*\(1, 1, 10, 9\)"):
-        Explainer(RegionScore(1, Box((0, 0), (4, 4))), Saliency(), SlidingWindowInferer(8))(small_unet(), inputs)
+        Explainer(RegionScore(1, Box((0, 0), (4, 4))), Saliency(), SlidingWindowInferer(8))(
+            small_unet(), inputs
+        )
 
 
 def test_methods_by_hooks_refuse_a_stitched_target_and_say_what_works():

@@ -53,7 +53,9 @@ def test_class_score_takes_the_predicted_class_of_each_sample_and_keeps_it():
     selection = target.select(logits, None)
     torch.testing.assert_close(target.score(logits, *selection), torch.tensor([3.0, 5.0]))
     torch.testing.assert_close(target.score(-logits, *selection), torch.tensor([-3.0, -5.0]))
-    torch.testing.assert_close(select_and_score(ClassScore(0), logits[:, :, None, None]), torch.tensor([1.0, 5.0]))
+    torch.testing.assert_close(
+        select_and_score(ClassScore(0), logits[:, :, None, None]), torch.tensor([1.0, 5.0])
+    )
 
 
 def test_region_score_is_the_mean_or_sum_over_the_frozen_predicted_mask():
@@ -62,17 +64,24 @@ def test_region_score_is_the_mean_or_sum_over_the_frozen_predicted_mask():
     for sample in range(2):
         mask = LOGITS[sample].argmax(0) == 1
         moved = -LOGITS
-        assert float(target.score(moved, *selection)[sample]) == pytest.approx(float(moved[sample, 1][mask].mean()))
+        assert float(target.score(moved, *selection)[sample]) == pytest.approx(
+            float(moved[sample, 1][mask].mean())
+        )
         total = select_and_score(RegionScore(1, reduction="sum"), LOGITS)[sample]
         assert float(total) == pytest.approx(float(LOGITS[sample, 1][mask].sum()))
 
 
 def test_margin_output_and_function_scores():
     torch.testing.assert_close(
-        select_and_score(MarginScore(1, 0, Box((0, 0), (6, 5))), LOGITS), (LOGITS[:, 1] - LOGITS[:, 0]).mean((1, 2))
+        select_and_score(MarginScore(1, 0, Box((0, 0), (6, 5))), LOGITS),
+        (LOGITS[:, 1] - LOGITS[:, 0]).mean((1, 2)),
     )
-    torch.testing.assert_close(select_and_score(MarginScore(1, 0), LOGITS[:, :, 0, 0]), LOGITS[:, 1, 0, 0] - LOGITS[:, 0, 0, 0])
-    torch.testing.assert_close(select_and_score(OutputScore(), torch.tensor([4.0, 5.0])), torch.tensor([4.0, 5.0]))
+    torch.testing.assert_close(
+        select_and_score(MarginScore(1, 0), LOGITS[:, :, 0, 0]), LOGITS[:, 1, 0, 0] - LOGITS[:, 0, 0, 0]
+    )
+    torch.testing.assert_close(
+        select_and_score(OutputScore(), torch.tensor([4.0, 5.0])), torch.tensor([4.0, 5.0])
+    )
     frozen = FunctionTarget(lambda o, m: (o * m).sum((1, 2, 3)), selector=lambda o, label: (o > 0,))
     selection = frozen.select(LOGITS, None)
     torch.testing.assert_close(frozen.score(2 * LOGITS, *selection), 2 * LOGITS.clamp(min=0).sum((1, 2, 3)))
@@ -171,7 +180,9 @@ def test_a_baseline_that_does_not_fit_is_named_with_both_shapes():
     inputs = {"image": random_image(1, 2, 4, 4), "clinical": random_image(1, 3)}
     with pytest.raises(InputError, match=r"\(5,\) does not broadcast to the input of shape \(1, 2, 4, 4\)"):
         draw_baselines(Constant(torch.zeros(5)), inputs)
-    with pytest.raises(InputError, match=r"given for \['image'\], but the inputs are \['clinical', 'image'\]"):
+    with pytest.raises(
+        InputError, match=r"given for \['image'\], but the inputs are \['clinical', 'image'\]"
+    ):
         draw_baselines({"image": Constant()}, inputs)
 
 
@@ -200,5 +211,7 @@ def test_channel_names_come_from_the_bundles_metadata(tmp_path):
     assert channel_names(tmp_path) == {}
     (tmp_path / "configs").mkdir()
     inputs = {"image": {"channel_def": {"1": "T1", "0": "FLAIR"}}, "mask": {}}
-    (tmp_path / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": {"inputs": inputs}}))
+    (tmp_path / "configs" / "metadata.json").write_text(
+        json.dumps({"network_data_format": {"inputs": inputs}})
+    )
     assert channel_names(tmp_path) == {"image": ("FLAIR", "T1")}

@@ -9,7 +9,13 @@ from typing import ClassVar
 import captum.attr
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average, refuse_repeated_calls
+from monai_xai.attributors.base import (
+    Attribution,
+    Attributor,
+    BaselineAttributor,
+    average,
+    refuse_repeated_calls,
+)
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.forward import Scoring, Tensors, Term
 from monai_xai.networks import require_relu, require_rescale_rules
@@ -48,10 +54,17 @@ class DeepLift(BaselineAttributor):
     def _propagate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
         def attribute(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
             method = captum.attr.DeepLift(term.function)
-            return _call(method, _contiguous(inputs), baselines=_contiguous(start), additional_forward_args=term.selection())
+            return _call(
+                method,
+                _contiguous(inputs),
+                baselines=_contiguous(start),
+                additional_forward_args=term.selection(),
+            )
 
         maps = scoring.accumulate(self.name, attribute, scoring.values, baseline)
-        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.score(), scoring.score(baseline))
+        return Attribution(
+            dict(zip(scoring.inputs, maps, strict=True)), scoring.score(), scoring.score(baseline)
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,9 @@ class GuidedBackprop(Attributor):
 def _call(method: captum.attr.GradientAttribution, inputs: Tensors, **options: Tensors) -> Tensors:
     """Call Captum without its notices that it sets hooks and gradients, which are taken off again here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(Setting forward, backward hooks|Setting backward hooks|required_grads).*")
+        warnings.filterwarnings(
+            "ignore", message=".*(Setting forward, backward hooks|Setting backward hooks|required_grads).*"
+        )
         maps: tuple[Tensor, ...] = method.attribute(tuple(x.detach().clone() for x in inputs), **options)
     return tuple(values.detach() for values in maps)
 

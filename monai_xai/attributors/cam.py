@@ -50,7 +50,9 @@ class ClassActivationAttributor(Attributor):
             score, cam = self._term_map(term, inputs, layer)
             scores.append(score)
             term.add([total], [cam * term.blending()])
-        return Attribution({name: scoring.padding.crop(total)}, scoring.sum_scores(scores), facts={"layer": layer})
+        return Attribution(
+            {name: scoring.padding.crop(total)}, scoring.sum_scores(scores), facts={"layer": layer}
+        )
 
     def _choose(self, scoring: Scoring) -> str:
         term, (inputs,) = next(scoring.parts(self.name, scoring.values))

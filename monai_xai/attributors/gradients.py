@@ -96,8 +96,10 @@ class GradientShap(BaselineAttributor):
             for total, x, b, g in zip(totals, inputs, baseline, gradients, strict=True):
                 total += (x - b) * g / self.n_samples
         used = [(index, chosen.count(index) / self.n_samples) for index in sorted(set(chosen))]
-        baseline_score = sum((share * scoring.score(draws[index]) for index, share in used[1:]),
-                             used[0][1] * scoring.score(draws[used[0][0]]))
+        baseline_score = sum(
+            (share * scoring.score(draws[index]) for index, share in used[1:]),
+            used[0][1] * scoring.score(draws[used[0][0]]),
+        )
         maps = dict(zip(scoring.inputs, totals, strict=True))
         return Attribution(maps, scoring.score(), baseline_score, {"passes": self.n_samples})
 
@@ -132,7 +134,9 @@ class NoiseTunnel(Attributor):
     def __post_init__(self) -> None:
         _require_samples(self, self.n_samples)
         if self.kind not in ("smoothgrad", "smoothgrad_sq", "vargrad"):
-            raise InputError(f"NoiseTunnel(kind={self.kind!r}): choose 'smoothgrad', 'smoothgrad_sq' or 'vargrad'.")
+            raise InputError(
+                f"NoiseTunnel(kind={self.kind!r}): choose 'smoothgrad', 'smoothgrad_sq' or 'vargrad'."
+            )
 
     @property
     def name(self) -> str:
@@ -155,12 +159,18 @@ class NoiseTunnel(Attributor):
     def _noisy_maps(self, scoring: Scoring) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in scoring.track(range(self.n_samples), self.name):
-            yield dict(self.attributor.attribute(scoring.at(noisy(scoring, self.stdev_spread, generator))).maps)
+            yield dict(
+                self.attributor.attribute(scoring.at(noisy(scoring, self.stdev_spread, generator))).maps
+            )
 
 
 def noisy(scoring: Scoring, stdev_spread: float, generator: torch.Generator) -> Tensors:
     """Return the inputs with Gaussian noise, its standard deviation a share of each channel's range."""
-    return tuple(_add_noise(x, stdev_spread, generator) for x in scoring.values) if stdev_spread else scoring.values
+    return (
+        tuple(_add_noise(x, stdev_spread, generator) for x in scoring.values)
+        if stdev_spread
+        else scoring.values
+    )
 
 
 def _add_noise(x: Tensor, stdev_spread: float, generator: torch.Generator) -> Tensor:

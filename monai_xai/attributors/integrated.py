@@ -95,7 +95,9 @@ class IntegratedGradients(BaselineAttributor):
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
             nonlocal passes
-            path = _Path(term, start, tuple(x - b for x, b in zip(inputs, start, strict=True)), next(remaining))
+            path = _Path(
+                term, start, tuple(x - b for x, b in zip(inputs, start, strict=True)), next(remaining)
+            )
             maps, used = _integrate_path(path, rules, budget)
             passes += used
             return maps

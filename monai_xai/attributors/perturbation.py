@@ -28,12 +28,12 @@ class Piece(NamedTuple):
 
     Args:
         number: which piece.
-        index: which input it lies in.
+        source: which input it lies in.
         mask: where it is, expandable to one sample of the part.
     """
 
     number: int
-    index: int
+    source: int
     mask: Tensor
 
 
@@ -117,7 +117,9 @@ class _FeaturePlan(Plan):
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
         seen = [_see(mask[0], term.coordinates(x)) for mask, x in zip(self.masks, self.inputs, strict=True)]
-        numbers = [torch.unique(mask[differ.to(mask.device)]) for mask, differ in zip(seen, differs, strict=True)]
+        numbers = [
+            torch.unique(mask[differ.to(mask.device)]) for mask, differ in zip(seen, differs, strict=True)
+        ]
         for index, own in enumerate(numbers):
             for number in own[own >= 0].tolist():
                 yield Piece(number, index, seen[index] == number)
@@ -148,13 +150,18 @@ class Occlusion(PerturbationAttributor):
         strides = windows if self.stride is None else self._per_input(self.stride, scoring)
         inputs = scoring.inputs.items()
         return _BoxPlan(
-            scoring.values, [_grid(x, w, s, name) for (name, x), w, s in zip(inputs, windows, strides, strict=True)]
+            scoring.values,
+            [_grid(x, w, s, name) for (name, x), w, s in zip(inputs, windows, strides, strict=True)],
         )
 
-    def _per_input(self, sizes: Sequence[int] | Sequence[Sequence[int]], scoring: Scoring) -> list[tuple[int, ...]]:
+    def _per_input(
+        self, sizes: Sequence[int] | Sequence[Sequence[int]], scoring: Scoring
+    ) -> list[tuple[int, ...]]:
         nested = [sizes] if isinstance(sizes[0], int) else sizes
         if len(nested) != len(scoring.inputs):
-            raise InputError(f"Occlusion needs one window and stride for each of {list(scoring.inputs)}, got {sizes}.")
+            raise InputError(
+                f"Occlusion needs one window and stride for each of {list(scoring.inputs)}, got {sizes}."
+            )
         return [tuple(size) for size in nested]  # type: ignore[arg-type]
 
 
@@ -172,7 +179,9 @@ class _BoxPlan(Plan):
         for index, (grid, x) in enumerate(zip(self.grids, self.inputs, strict=True)):
             axes = term.coordinates(x)
             for number, corner in enumerate(grid.corners, start=first):
-                mask = _outer([(a >= c) & (a < c + w) for a, c, w in zip(axes, corner, grid.window, strict=True)])
+                mask = _outer(
+                    [(a >= c) & (a < c + w) for a, c, w in zip(axes, corner, grid.window, strict=True)]
+                )
                 if mask is not None and (mask.to(differs[index].device) & differs[index]).any():
                     yield Piece(number, index, mask)
             first += len(grid.corners)
@@ -225,12 +234,14 @@ def _outer(sides: Sequence[Tensor]) -> Tensor | None:
     """Return the box that lies within all of its sides, one boolean vector for each axis; None if it is empty."""
     if not all(side.any() for side in sides):
         return None
-    shaped = [side.reshape([-1 if i == axis else 1 for i in range(len(sides))]) for axis, side in enumerate(sides)]
+    shaped = [
+        side.reshape([-1 if i == axis else 1 for i in range(len(sides))]) for axis, side in enumerate(sides)
+    ]
     return reduce(torch.logical_and, shaped)
 
 
 def _replace(inputs: Tensors, baselines: Tensors, piece: Piece) -> Tensors:
     """Return the inputs with the baseline in place of a piece."""
-    x, b = inputs[piece.index], baselines[piece.index]
+    x, b = inputs[piece.source], baselines[piece.source]
     replaced = torch.where(piece.mask.to(x.device), b, x)
-    return (*inputs[: piece.index], replaced, *inputs[piece.index + 1 :])
+    return (*inputs[: piece.source], replaced, *inputs[piece.source + 1 :])

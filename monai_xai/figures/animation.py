@@ -31,6 +31,7 @@ CAPTION = 15
 GAP = 4
 SCALE = 66
 PROFILE = 22
+LEAST_SCALE = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,8 @@ class Layout:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of a frame."""
-        tall = TITLE + self.rows * (CAPTION + self.height + GAP) + PROFILE + 2 * GAP
-        return tall, GAP + self.body + SCALE
+        pictures = max(CAPTION + LEAST_SCALE + 20, self.rows * (CAPTION + self.height + GAP))
+        return TITLE + pictures + PROFILE + 2 * GAP, GAP + self.body + SCALE
 
     def corner(self, number: int) -> tuple[int, int]:
         """Return top and left of a picture."""
@@ -189,7 +190,7 @@ def _empty_frame(scene: Scene, layout: Layout) -> NDArray[np.uint8]:
 
 def _draw_scale(frame: NDArray[np.uint8], scene: Scene, layout: Layout) -> None:
     top, _ = layout.corner(0)
-    bottom, left = top + max(layout.height, 60), GAP + layout.body + 6
+    bottom, left = top + max(layout.height, LEAST_SCALE), GAP + layout.body + 6
     steps = np.linspace(1.0, -1.0, bottom - top, dtype=np.float32)[:, None].repeat(10, 1)
     frame[top:bottom, left : left + 10] = _to_indices(np.full_like(steps, 0.35), steps)
     ticks, factor = format_ticks(np.array([scene.limit, 0.0, -scene.limit]))

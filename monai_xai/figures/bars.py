@@ -46,12 +46,11 @@ def draw_bars(
         shares: whether percentages of the sum of absolute values stand beside; only for values that may be added up.
 
     Raises:
-        InputError: if there are not as many names as values.
+        InputError: if there is nothing to draw, or not as many names as values.
     """
-    if values.shape != (len(names),):
-        raise InputError(
-            f"draw_bars() needs a name per value, got values {values.shape} and {len(names)} names."
-        )
+    if not len(names) or values.shape != (len(names),):
+        found = f"{values.shape} and {len(names)} names"
+        raise InputError(f"draw_bars() needs values and a name for each, got values of shape {found}.")
     kept = _largest(values)
     said = [*_left_out(values, kept, shares), *notes]
     shown, labels = values[kept], [textwrap.shorten(names[i], 28, placeholder="…") for i in kept]

@@ -22,6 +22,7 @@ NAMES = 0.28
 SCALE = 1.15
 HEADER = 0.2
 FINER = 3
+LEAST = 1.5
 CASING = [withStroke(linewidth=2.6, foreground="black")]
 STYLES: dict[str, dict[str, Any]] = {
     "prediction": {"color": PREDICTION, "linestyle": "solid"},
@@ -83,15 +84,14 @@ def _draw_channels_of_image(scene: Scene) -> Figure:
     rows = -(-len(scene.rows) // columns)
     tall, wide = _size(scene, plane, scene.box)
     inch = min(11.0 / (columns * wide), 3.6 / tall)
-    sheet, top = _sheet(
-        scene, columns * (wide * inch + GAP), rows * (HEADER + tall * inch), _cross_words(scene)
-    )
+    body = max(LEAST, rows * (HEADER + tall * inch))
+    sheet, top = _sheet(scene, columns * (wide * inch + GAP), body, _cross_words(scene))
     for number, row in enumerate(scene.rows):
         down, right = divmod(number, columns)
         left, upper = EDGE + right * (wide * inch + GAP), top + down * (HEADER + tall * inch)
         sheet.text(left, upper, scene.row_name(row), weight="bold")
         _draw_panel(sheet.axes(left, upper + HEADER, wide * inch, tall * inch), scene, row, panel)
-    _draw_scale(sheet, scene, top + HEADER, rows * (HEADER + tall * inch) - HEADER)
+    _draw_scale(sheet, scene, top + HEADER, body - HEADER)
     return sheet.figure
 
 

@@ -1,0 +1,139 @@
+"""The pieces of work that are compared. Each returns a number that must agree between the two that are compared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import captum.attr
+import torch
+from monai.inferers import SlidingWindowInferer, sliding_window_inference
+from monai.networks.nets import SegResNet, UNet
+from torch import Tensor, nn
+
+from monai_xai import Blur, Box, Explainer, Explanation, IntegratedGradients, Noise, RegionScore, Saliency
+from monai_xai.windows import plan_windows
+
+warnings.filterwarnings("ignore")
+
+
+def segresnet() -> nn.Module:
+    """Return a SegResNet with 8 initial filters, 4 channels in."""
+    torch.manual_seed(0)
+    return SegResNet(3, init_filters=8, in_channels=4, out_channels=2).eval()
+
+
+def tiny_unet() -> nn.Module:
+    """Return a U-Net small enough that autograd through 343 windows fits into memory."""
+    torch.manual_seed(0)
+    return UNet(3, 4, 2, (4, 8), (2,), norm="BATCH").eval()
+
+
+def image(size: int) -> Tensor:
+    """Return a volume of noise with 4 channels."""
+    return torch.randn((1, 4, size, size, size), generator=torch.Generator().manual_seed(0))
+
+
+def autograd(network: nn.Module, size: int, window: int) -> float:
+    """Differentiate the mean logit over the volume through MONAI's own function."""
+    x = image(size).requires_grad_()
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    output = sliding_window_inference(x, window, 1, network, overlap=0.5)
+    (gradient,) = torch.autograd.grad(output[:, 1].mean(), x)
+    return float(gradient.square().sum())
+
+
+def ours(network: nn.Module, size: int, window: int, end: int | None = None) -> float:
+    """Do the same by :class:`monai_xai.Saliency`; with ``end``, over the box from 0 to there."""
+    region = Box((0, 0, 0), (end or size,) * 3)
+    explainer = Explainer(
+        RegionScore(1, region), Saliency(), SlidingWindowInferer(window, overlap=0.5), progress=False
+    )
+    explanation = explainer(network, image(size))
+    assert isinstance(explanation, Explanation)
+    return float(explanation.attributions["image"].square().sum())
+
+
+def stitched(network: nn.Module, size: int, window: int) -> float:
+    """Do the same by the route for any differentiable target."""
+    inferer = SlidingWindowInferer(window, overlap=0.5)
+    explainer = Explainer(lambda o: o[:, 1].mean((1, 2, 3)), Saliency(), inferer, progress=False)
+    explanation = explainer(network, image(size))
+    assert isinstance(explanation, Explanation)
+    return float(explanation.attributions["image"].square().sum())
+
+
+def floor(network: nn.Module, size: int, window: int) -> float:
+    """Do one forward and one backward of every window, and nothing else."""
+    x = image(size)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    for place in plan_windows(SlidingWindowInferer(window, overlap=0.5), [x]).places:
+        part = x[(..., *place)].clone().requires_grad_()
+        torch.autograd.grad(network(part)[:, 1].mean(), part)
+    return 0.0
+
+
+CASES: dict[str, Callable[[], float]] = {
+    "autograd 128/64": lambda: autograd(segresnet(), 128, 64),
+    "ours 128/64": lambda: ours(segresnet(), 128, 64),
+    "stitched 128/64": lambda: stitched(segresnet(), 128, 64),
+    "floor 128/64": lambda: floor(segresnet(), 128, 64),
+    "autograd 128/32": lambda: autograd(segresnet(), 128, 32),
+    "ours 128/32": lambda: ours(segresnet(), 128, 32),
+    "floor 128/32": lambda: floor(segresnet(), 128, 32),
+    "autograd tiny 128/32": lambda: autograd(tiny_unet(), 128, 32),
+    "ours tiny 128/32": lambda: ours(tiny_unet(), 128, 32),
+    "floor tiny 128/32": lambda: floor(tiny_unet(), 128, 32),
+    "ours 96/48": lambda: ours(segresnet(), 96, 48),
+    "ours 192/48": lambda: ours(segresnet(), 192, 48),
+    "part 128/32": lambda: ours(segresnet(), 128, 32, end=40),
+}
+
+
+class Passes:
+    """Count the forward passes of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.count = 0
+        network.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.count += len(inputs[0])
+
+
+def integrated_gradients(norm: str, baseline: Blur | Noise, tolerance: float) -> dict[str, float]:
+    """Return gap and forward-backward passes of adaptive IG and of Captum's with its default 50 steps."""
+    torch.manual_seed(0)
+    network = UNet(2, 1, 2, (8, 16, 32), (2, 2), norm=norm).double().eval()
+    x = torch.randn((1, 1, 64, 64), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    target = RegionScore(1, Box((20, 20), (44, 44)))
+    passes = Passes(network)
+    explainer = Explainer(
+        target, IntegratedGradients(baseline=baseline, tolerance=tolerance), tolerated_gap=10.0
+    )
+    explanation = explainer(network, x)
+    assert isinstance(explanation, Explanation) and explanation.gap is not None
+    own = passes.count
+    start = baseline.draws(x)[0]
+
+    def score(inputs: Tensor) -> Tensor:
+        return network(inputs)[:, 1, 20:44, 20:44].mean((1, 2))
+
+    def captum_gap(n_steps: int) -> float:
+        method = captum.attr.IntegratedGradients(score)
+        maps = method.attribute(x, start, n_steps=n_steps, internal_batch_size=1)
+        change = float((score(x) - score(start)).detach())
+        return abs(float(maps.sum()) - change) / abs(change)
+
+    theirs = captum_gap(50)
+    needed = next((n for n in range(5, 256, 5) if captum_gap(n) <= float(explanation.gap)), 256)
+    return {
+        "gap": float(explanation.gap),
+        "passes": own,
+        "captum gap": theirs,
+        "captum passes": 50,
+        "captum at our gap": needed,
+    }

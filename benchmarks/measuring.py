@@ -1,0 +1,55 @@
+"""Seconds and additional peak memory of a piece of work, each measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Cost(NamedTuple):
+    """What a piece of work took.
+
+    Args:
+        seconds: wall time.
+        memory: additional peak memory in GiB, over what was there before.
+        note: a result worth keeping beside the cost.
+    """
+
+    seconds: float
+    memory: float
+    note: float = 0.0
+
+
+def measure(work: Callable[[], float]) -> Cost:
+    """Run work once in this process and return what it took (Linux: the peak is reset before it)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = _memory("VmRSS"), time.perf_counter()
+    note = work()
+    return Cost(time.perf_counter() - start, (_memory("VmHWM") - before) / GIB, note)
+
+
+def measure_apart(case: str, *, limit_gib: float | None = None) -> Cost | None:
+    """Measure a case of :mod:`benchmarks.run` in a fresh process; None if it does not live through it."""
+
+    def limit() -> None:
+        if limit_gib is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * GIB),) * 2)
+
+    command = [sys.executable, "-m", "benchmarks.run", "--case", case]
+    result = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit, check=False)
+    return Cost(*json.loads(result.stdout)) if result.returncode == 0 else None
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")

@@ -1,0 +1,56 @@
+"""The command line: ``python -m monai_xai`` (or ``monai_xai``)."""
+
+from __future__ import annotations
+
+import inspect
+
+import fire
+
+from monai_xai import attributors
+from monai_xai.overlays import path
+
+_FACTS = ("complete", "summable", "needs_layer", "stochastic", "by_hooks")
+
+
+def methods() -> str:
+    """List the methods, with the facts that decide which to take.
+
+    complete: the maps add up to score minus baseline score, and the gap is always reported.
+    summable: values are contributions in units of the score and may be added up over voxels.
+    needs_layer: looks at one layer, chosen automatically if not named.
+    stochastic: draws random numbers from a seed.
+    by_hooks: through sliding windows it needs a target linear in the output, such as RegionScore.
+    """
+    found = [getattr(attributors, name) for name in attributors.__all__]
+    rows = [("method", *_FACTS, "what it gives")]
+    for method in (m for m in found if issubclass(m, attributors.Attributor) and not inspect.isabstract(m)):
+        summary = " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
+        rows.append((method.__name__, *("yes" if getattr(method, fact) else "-" for fact in _FACTS), summary))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
+
+
+def overlay(name: str = "inference") -> str:
+    """Print where a shipped config overlay is: inference, train or flat.
+
+    It adds explanations to a bundle without an edit to it:
+
+        python -m monai.bundle run --config_file "['configs/inference.json','$(monai_xai overlay inference)']"
+
+    Args:
+        name: "inference"; "train" for training and evaluation where the validation is validate::evaluator; "flat"
+            where it is plain evaluator.
+    """
+    return str(path(name))
+
+
+def main() -> None:
+    """Run the command line."""
+    fire.Fire({"methods": methods, "overlay": overlay}, name="monai_xai")
+
+
+if __name__ == "__main__":
+    main()

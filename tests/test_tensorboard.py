@@ -1,0 +1,358 @@
+"""What TensorBoard shows equals what was explained: event files are written and read back."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import ValidationHandler
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch.utils.tensorboard import SummaryWriter
+
+from monai_xai import AttributionHandler, Explainer, Labeled, RegionScore, Saliency
+from monai_xai.errors import InputError
+from monai_xai.explanation import Explanation
+from monai_xai.handlers import AttributionEvents, ExplainedBatch, register_events
+from monai_xai.tensorboard import TensorBoardAttributionHandler, affine_of, contributions_of, scene_of
+
+SHAPE = (12, 14, 10)
+MODALITIES = ("FLAIR", "T1")
+PLANES_ONLY: dict[str, Any] = {"montage_slices": 0, "animation_frames": 0}
+AFFINE = torch.diag(torch.tensor([-1.0, 1.0, 2.0, 1.0], dtype=torch.float64))
+
+
+def explanation(**changes: Any) -> Explanation:
+    """Return the explanation of two samples with a scan of two sequences and a vector."""
+    maps = torch.zeros(2, 2, *SHAPE)
+    maps[:, 0, 3:6, 4:7, 5:8] = 0.1
+    maps[:, 1, 3:6, 4:7, 5:8] = -0.025
+    maps[1] *= 2
+    values = {
+        "attributions": {"image": maps, "clinical": torch.tensor([[0.5, -0.25, 0.0], [1.0, 0.0, 1.0]])},
+        "score": torch.tensor([3.0, 4.0]),
+        "baseline_score": torch.tensor([0.5, -2.0]),
+        "delta": torch.tensor([0.01, 0.02]),
+        "seconds": 1.5,
+        "method": "IntegratedGradients(n_steps=8)",
+        "target": "RegionScore(channel=1)",
+        "seed": 7,
+        "summable": True,
+        "channels": {"image": MODALITIES, "clinical": ("age", "sex", "stage")},
+        "facts": {"windows": 27},
+    }
+    return Explanation(**(values | changes))
+
+
+def explained(epoch: int = 3, **changes: Any) -> ExplainedBatch:
+    """Return a batch of two samples of which the second is due."""
+    label = torch.zeros(2, 1, *SHAPE)
+    label[:, :, 3:6, 4:7, 5:8] = 1
+    values = {
+        "explanations": {"ig": explanation()},
+        "inputs": {"image": torch.rand(2, 2, *SHAPE), "clinical": torch.rand(2, 3)},
+        "prediction": torch.cat([1 - label, label], 1),
+        "label": label,
+        "cases": ("patient19", "patient26"),
+        "due": (1,),
+        "epoch": epoch,
+    }
+    return ExplainedBatch(**(values | changes))
+
+
+def fire(handler: TensorBoardAttributionHandler, *batches: ExplainedBatch) -> None:
+    """Run a real engine that explains one batch per iteration."""
+
+    def explain(engine: Engine, batch: ExplainedBatch) -> None:
+        engine.state.explained = batch
+        engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
+
+    engine = Engine(explain)
+    register_events(engine)
+    handler.attach(engine)
+    handler.attach(engine)
+    engine.run(list(batches))
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    return events.Reload()
+
+
+def write(folder: Path, *batches: ExplainedBatch, **options: Any) -> EventAccumulator:
+    handler = TensorBoardAttributionHandler(str(folder), on_error="raise", **options)
+    fire(handler, *batches)
+    handler.close()
+    return read(folder)
+
+
+def test_one_case_has_its_pictures_together(tmp_path: Path) -> None:
+    events = write(tmp_path, explained())
+    assert sorted(events.Tags()["images"]) == [
+        "ig/patient26/clinical/features",
+        "ig/patient26/image/animation",
+        "ig/patient26/image/montage",
+        "ig/patient26/image/planes",
+        "ig/patient26/modalities",
+    ]
+
+
+def test_declared_size_is_the_size_of_the_picture(tmp_path: Path) -> None:
+    events = write(tmp_path, explained())
+    for tag in events.Tags()["images"]:
+        (event,) = events.Images(tag)
+        picture = Image.open(BytesIO(event.encoded_image_string))
+        assert picture.size == (event.width, event.height)
+        assert min(picture.size) > 100
+        assert picture.format == ("GIF" if tag.endswith("animation") else "PNG")
+
+
+def test_animation_has_frames_in_color(tmp_path: Path) -> None:
+    (event,) = write(tmp_path, explained()).Images("ig/patient26/image/animation")
+    gif = Image.open(BytesIO(event.encoded_image_string))
+    assert gif.n_frames == SHAPE[2]
+    gif.seek(6)
+    colors = np.asarray(gif.convert("RGB")).astype(int)[40:-30, :-70]
+    assert (colors[..., 0] - colors[..., 2] > 60).any()
+
+
+def test_scalars_equal_the_numbers_over_epochs(tmp_path: Path) -> None:
+    later = replace(explained(epoch=5), explanations={"ig": explanation(score=torch.tensor([0.0, 9.0]))})
+    events = write(tmp_path, explained(), later, **PLANES_ONLY)
+    expected = {
+        "score": [4.0, 9.0],
+        "baseline_score": [-2.0] * 2,
+        "delta": [0.02] * 2,
+        "seconds": [1.5] * 2,
+        "contribution/FLAIR": [27 * 0.2] * 2,
+        "contribution/T1": [-27 * 0.05] * 2,
+        "contribution/clinical": [2.0] * 2,
+        "share/FLAIR": [5.4 / 8.75] * 2,
+        "share/T1": [1.35 / 8.75] * 2,
+        "share/clinical": [2.0 / 8.75] * 2,
+    }
+    assert set(events.Tags()["scalars"]) == {f"attribution/ig/patient26/{name}" for name in expected}
+    for name, values in expected.items():
+        points = events.Scalars(f"attribution/ig/patient26/{name}")
+        assert [point.step for point in points] == [3, 5]
+        assert [point.value for point in points] == pytest.approx(values, rel=1e-5)
+
+
+def test_all_modalities_of_a_case_share_a_chart(tmp_path: Path) -> None:
+    first = explained(due=(0,))
+    events = write(tmp_path, first, explained(), **PLANES_ONLY)
+    layout = Layout()
+    layout.ParseFromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    (category,) = layout.category
+    charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
+    assert list(charts) == [f"{case}: {kind}" for case in first.cases for kind in ("contribution", "share")]
+    assert charts["patient26: share"][0] == "^attribution/ig/patient26/share/FLAIR$"
+
+
+def test_only_what_adds_up_is_added_up(tmp_path: Path) -> None:
+    sums = explanation(summable=False, baseline_score=None, delta=None)
+    events = write(tmp_path, explained(explanations={"saliency": sums}), **PLANES_ONLY)
+    assert "saliency/patient26/modalities" not in events.Tags()["images"]
+    names = {tag.rsplit("/", 1)[1] for tag in events.Tags()["scalars"]}
+    assert names == {"score", "seconds"}
+    assert contributions_of(sums, 0) == {}
+
+
+def test_pictures_can_be_left_out(tmp_path: Path) -> None:
+    events = write(tmp_path, explained(), **PLANES_ONLY)
+    assert {tag.rsplit("/", 1)[1] for tag in events.Tags()["images"]} == {"planes", "features", "modalities"}
+
+
+def test_image_of_two_dimensions_has_no_slices(tmp_path: Path) -> None:
+    flat = explanation(attributions={"image": torch.rand(2, 2, 20, 30)})
+    batch = explained(
+        explanations={"ig": flat},
+        inputs={"image": torch.rand(2, 2, 20, 30)},
+        prediction=torch.rand(2, 5),
+        label=None,
+    )
+    events = write(tmp_path, batch)
+    assert set(events.Tags()["images"]) == {"ig/patient26/image/planes", "ig/patient26/modalities"}
+
+
+def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:
+    events = write(
+        tmp_path,
+        explained(cases=("a", "site 1/patient:2"), explanations={"a/b": explanation()}),
+        **PLANES_ONLY,
+    )
+    assert "a_b/site_1_patient_2/image/planes" in events.Tags()["images"]
+    assert "attribution/a_b/site_1_patient_2/score" in events.Tags()["scalars"]
+
+
+def test_equal_channel_names_of_two_inputs_are_told_apart() -> None:
+    maps = torch.ones(1, 2, 3, 3)
+    two = explanation(
+        attributions={"before": maps, "after": 2 * maps, "pet": maps[:, :1]},
+        channels={"before": ("T1", "T2"), "after": ("T1", "FLAIR")},
+    )
+    assert contributions_of(two, 0) == {
+        "before T1": 9.0,
+        "T2": 9.0,
+        "after T1": 18.0,
+        "FLAIR": 18.0,
+        "pet": 9.0,
+    }
+
+
+# ---- outlines and place in space
+
+
+def voxels(mask: np.ndarray[Any, Any] | None) -> int:
+    assert mask is not None
+    return int(mask.sum())
+
+
+def test_outlines_follow_the_kind_of_output() -> None:
+    logits = torch.full((1, 3, 4, 4), -1.0)
+    logits[0, 0] = 0.5
+    logits[0, 1, :2] = 1.0
+    logits[0, 2, 0] = 2.0
+    maps = explanation(attributions={"image": torch.rand(1, 1, 4, 4)}, channels={})
+    batch = explained(
+        explanations={"ig": maps},
+        inputs={"image": torch.rand(1, 1, 4, 4)},
+        cases=("x",),
+        due=(0,),
+        prediction=logits,
+        label=torch.nn.functional.one_hot(logits.argmax(1), 3).moveaxis(-1, 1),
+    )
+    classes = scene_of(batch, "ig", "image", 0, "", multilabel=False)
+    assert (voxels(classes.prediction), voxels(classes.label)) == (8, 8)
+    overlapping = replace(batch, prediction=logits[:, 1:], label=logits[:, 1:] > 0)
+    both = scene_of(overlapping, "ig", "image", 0, "", multilabel=True)
+    assert (voxels(both.prediction), voxels(both.label)) == (8, 8)
+    single = replace(batch, prediction=logits[:, 2:], label=(logits[:, 2:] > 0).float())
+    one = scene_of(single, "ig", "image", 0, "", multilabel=False)
+    assert (voxels(one.prediction), voxels(one.label)) == (4, 4)
+    elsewhere = replace(batch, prediction=torch.rand(1, 2, 9, 9), label=torch.tensor([3]))
+    none = scene_of(elsewhere, "ig", "image", 0, "", multilabel=False)
+    assert none.prediction is None
+    assert none.label is None
+
+
+def test_each_sample_of_a_batch_has_its_own_affine() -> None:
+    other = AFFINE.clone()
+    other[0, 3] = 12.0
+    batch = list_data_collate(
+        [{"image": MetaTensor(torch.zeros(1, 3, 3, 3), affine=a)} for a in (AFFINE, other)]
+    )
+    for sample, affine in enumerate((AFFINE, other)):
+        np.testing.assert_array_equal(affine_of(batch["image"], sample), affine)
+
+
+def test_an_array_without_a_header_lies_nowhere() -> None:
+    assert affine_of(torch.zeros(1, 1, 3, 3, 3), 0) is None
+    image = MetaTensor(torch.zeros(1, 1, 3, 3, 3))
+    assert affine_of(image, 0) is None
+    image.meta["original_affine"] = torch.eye(4)
+    image.affine = AFFINE
+    assert affine_of(image, 0) is None
+
+
+def test_affine_to_the_left_and_back_is_turned() -> None:
+    image = MetaTensor(torch.zeros(1, 1, 3, 3, 3), affine=AFFINE)
+    image.meta["space"] = "LPS"
+    np.testing.assert_array_equal(affine_of(image, 0), np.diag([1.0, -1.0, 2.0, 1.0]))
+
+
+# ---- as a handler
+
+
+def test_failures_are_logged_with_their_case_and_others_are_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = explanation(attributions={"image": torch.rand(2, 2, 3, 3, 3)})
+    handler = TensorBoardAttributionHandler(str(tmp_path), **PLANES_ONLY)
+    with caplog.at_level(logging.WARNING):
+        fire(handler, explained(explanations={"wrong": wrong, "ig": explanation()}))
+    handler.close()
+    assert handler.failures == 1
+    assert "wrong of case patient26, epoch 3" in caplog.text
+    assert "ig/patient26/image/planes" in read(tmp_path).Tags()["images"]
+
+
+def test_failures_are_handed_on_when_asked(tmp_path: Path) -> None:
+    wrong = explanation(attributions={"image": torch.rand(2, 2, 3, 3, 3)})
+    with pytest.raises(InputError, match="maps"):
+        write(tmp_path, explained(explanations={"wrong": wrong}))
+    with pytest.raises(InputError, match="'log' or 'raise'"):
+        TensorBoardAttributionHandler(str(tmp_path), on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_shared_writer_stays_open(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    handler = TensorBoardAttributionHandler(summary_writer=writer, **PLANES_ONLY)
+    fire(handler, explained())
+    handler.close()
+    writer.add_scalar("loss", 1.0, 0)
+    writer.close()
+    assert "loss" in read(tmp_path).Tags()["scalars"]
+
+
+def test_drawing_draws_no_random_numbers(tmp_path: Path) -> None:
+    batch = explained()
+    handler = TensorBoardAttributionHandler(str(tmp_path), on_error="raise")
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
+    fire(handler, batch)
+    handler.close()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]
+    assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize("draws_first", [True, False], ids=["draws-first", "computes-first"])
+def test_training_shows_each_case_once_per_epoch(tmp_path: Path, draws_first: bool) -> None:
+    def case(name: str) -> dict[str, Any]:
+        image = MetaTensor(
+            torch.rand(2, 8, 8, 8), affine=AFFINE, meta={"filename_or_obj": f"/scans/{name}.nii.gz"}
+        )
+        return {"image": image, "label": (image[:1] > 0.7).as_tensor().float()}
+
+    network = torch.nn.Conv3d(2, 2, 3, padding=1)
+    data = DataLoader(Dataset([case("patient19"), case("patient26"), case("patient27")]), batch_size=1)
+    evaluator = SupervisedEvaluator(torch.device("cpu"), data, network)
+    trainer = SupervisedTrainer(
+        torch.device("cpu"),
+        2,
+        data,
+        network,
+        torch.optim.SGD(network.parameters(), 0.1),
+        torch.nn.BCEWithLogitsLoss(),
+        prepare_batch=lambda batch, *_, **__: (batch["image"], batch["label"].repeat(1, 2, 1, 1, 1)),
+    )
+    explainer = Explainer(RegionScore(1, Labeled()), Saliency(), progress=False)
+    computes = AttributionHandler(explainer, cases=["patient26"], on_error="raise")
+    draws = TensorBoardAttributionHandler(str(tmp_path), on_error="raise")
+    for handler in (draws, computes) if draws_first else (computes, draws):
+        handler.attach(evaluator)
+    finished = []
+    evaluator.add_event_handler(Events.COMPLETED, lambda: finished.append(1))
+    ValidationHandler(1, evaluator).attach(trainer)
+    trainer.run()
+    draws.close()
+
+    events = read(tmp_path)
+    assert set(events.Tags()["images"]) == {
+        f"Saliency/patient26/image/{kind}" for kind in ("planes", "montage", "animation")
+    }
+    for tag in events.Tags()["images"]:
+        assert [event.step for event in events.Images(tag)] == [1, 2]
+    assert [event.step for event in events.Scalars("attribution/Saliency/patient26/score")] == [1, 2]
+    assert len(finished) == 2
