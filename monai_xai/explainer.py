@@ -225,8 +225,8 @@ class _Task:
         return InfererNetwork(self.network, inferer)
 
     def _output(self, target: Target) -> Tensor:
-        """Return the clean prediction, or only its shape where a sliding window's values are not looked at."""
-        if self.slides and target.linear and not target.needs_prediction:
+        """Return the clean prediction, or only its shape where its values are not looked at and the shape is known."""
+        if not target.needs_prediction and (not target.needs_shape or (self.slides and target.linear)):
             return self._first.new_zeros(()).expand(self._first.shape[0], 1, *self._first.shape[2:])
         if self.prediction is None:
             with guard("the clean prediction", tuple(self.inputs.values())), torch.no_grad():

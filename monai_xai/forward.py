@@ -236,11 +236,12 @@ class Scoring:
             wholes: whole inputs, baselines, …, each in call order.
 
         Raises:
-            AttributionError: naming the term and its shapes, if ``attribute`` fails.
+            AttributionError: naming the window and its shapes, if ``attribute`` fails.
         """
         totals = [torch.zeros_like(self.padding.pad(x)) for x in self.values]
         for number, (term, parts) in enumerate(self.parts(name, *wholes)):
-            with guard(f"term {number + 1} of {len(self.terms)}", parts[0]):
+            window = f", window {number + 1} of {len(self.terms)}" if len(self.terms) > 1 else ""
+            with guard(name + window, parts[0]):
                 term.add(totals, attribute(term, *parts))
         return tuple(self.padding.unpad(total) for total in totals)
 
@@ -259,7 +260,7 @@ def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise AttributionError(
-            f"{where}, inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
+            f"{where} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -34,6 +34,11 @@ class Target(ABC):
         return True
 
     @property
+    def needs_shape(self) -> bool:
+        """Whether :meth:`select` looks at the shape of the prediction: at where its voxels lie."""
+        return self.needs_prediction
+
+    @property
     def linear(self) -> bool:
         """Whether the score is ``sum(weights * linear function of the output at the same voxel)``.
 
@@ -221,6 +226,10 @@ class RegionScore(Target):
     def needs_prediction(self) -> bool:
         return self.region.needs_prediction
 
+    @property
+    def needs_shape(self) -> bool:
+        return True
+
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.needs_prediction:
             _channel(self, output, self.channel)
@@ -256,6 +265,10 @@ class MarginScore(Target):
     @property
     def needs_prediction(self) -> bool:
         return self.region is not None and self.region.needs_prediction
+
+    @property
+    def needs_shape(self) -> bool:
+        return self.region is not None
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.region is None:

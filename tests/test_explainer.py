@@ -74,6 +74,13 @@ def test_every_lesion_is_explained_when_asked():
     assert [int((e.attributions["image"] != 0).sum()) for e in found.values()] == [16, 4]
 
 
+def test_targets_that_look_at_no_prediction_cost_no_forward_pass():
+    network, x, calls = LinearImage((2, 4, 4)), random_image(1, 2, 4, 4), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    Explainer({"output": OutputScore(), "class": ClassScore(0)}, Saliency())(network, x)
+    assert len(calls) == 2
+
+
 def test_a_given_prediction_spares_the_forward_pass_and_fixes_the_region():
     network, x, calls = small_unet(), random_image(1, 2, 16, 16), []
     with torch.no_grad():
@@ -200,7 +207,8 @@ def test_explaining_changes_nothing_when_it_fails():
     network = Failing().train()
     before = snapshot(network)
     with pytest.raises(
-        AttributionError, match=r"term 1 of 1, inputs \[\(1, 2, 16, 16\)\]: RuntimeError: broken on purpose"
+        AttributionError,
+        match=r"gradient failed on inputs \[\(1, 2, 16, 16\)\]: RuntimeError: broken on purpose",
     ):
         Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
     assert_equal(before, snapshot(network))

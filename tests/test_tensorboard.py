@@ -187,11 +187,8 @@ def test_image_of_two_dimensions_has_no_slices(tmp_path: Path) -> None:
 
 
 def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:
-    events = write(
-        tmp_path,
-        explained(cases=("a", "site 1/patient:2"), explanations={"a/b": explanation()}),
-        **PLANES_ONLY,
-    )
+    batch = explained(cases=("a", "site 1/patient:2"), explanations={"a/b": explanation()})
+    events = write(tmp_path, batch, **PLANES_ONLY)
     assert "a_b/site_1_patient_2/image/planes" in events.Tags()["images"]
     assert "attribution/a_b/site_1_patient_2/score" in events.Tags()["scalars"]
 

@@ -87,19 +87,17 @@ class GradientShap(BaselineAttributor):
         chosen = torch.randint(len(draws), (self.n_samples,), generator=generator).tolist()
         strata = torch.randperm(self.n_samples, generator=generator).tolist()
         totals = [torch.zeros_like(x) for x in scoring.values]
-        for number in scoring.track(range(self.n_samples), self.name):
-            baseline = draws[chosen[number]]
+        for choice, stratum in scoring.track(list(zip(chosen, strata, strict=True)), self.name):
             inputs = noisy(scoring, self.stdev_spread, generator)
-            alpha = (strata[number] + float(torch.rand((), generator=generator))) / self.n_samples
-            points = [b + alpha * (x - b) for x, b in zip(inputs, baseline, strict=True)]
+            alpha = (stratum + float(torch.rand((), generator=generator))) / self.n_samples
+            points = [b + alpha * (x - b) for x, b in zip(inputs, draws[choice], strict=True)]
             _, gradients = scoring.gradient(points)
-            for total, x, b, g in zip(totals, inputs, baseline, gradients, strict=True):
+            for total, x, b, g in zip(totals, inputs, draws[choice], gradients, strict=True):
                 total += (x - b) * g / self.n_samples
-        used = [(index, chosen.count(index) / self.n_samples) for index in sorted(set(chosen))]
-        baseline_score = sum(
-            (share * scoring.score(draws[index]) for index, share in used[1:]),
-            used[0][1] * scoring.score(draws[used[0][0]]),
-        )
+        baseline_scores = [
+            scoring.score(draws[choice]) * chosen.count(choice) for choice in sorted(set(chosen))
+        ]
+        baseline_score = torch.stack(baseline_scores).sum(0) / self.n_samples
         maps = dict(zip(scoring.inputs, totals, strict=True))
         return Attribution(maps, scoring.score(), baseline_score, {"passes": self.n_samples})
 

@@ -213,8 +213,8 @@ def _straps(head: Head) -> Volume:
     x, y, z = head.points
     spacing = np.pi / 4
     angle = (np.arctan2(y, x) + spacing / 2) % spacing - spacing / 2
-    across = np.hypot(-head.skin - 5.6, np.hypot(x, y) * angle)
-    straps: Volume = share(4.2 - across) * (z > 0)
+    across = np.hypot(-head.skin - 6.0, np.hypot(x, y) * angle)
+    straps: Volume = share(5.0 - across) * (z > 0)
     return straps
 
 
