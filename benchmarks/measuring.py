@@ -37,13 +37,13 @@ def measure(work: Callable[[], float]) -> Cost:
 
 
 def measure_apart(case: str, *, limit_gib: float | None = None) -> Cost | None:
-    """Measure a case of :mod:`benchmarks.run` in a fresh process; None if it does not live through it."""
+    """Measure a case of :mod:`benchmarks.cases` in a fresh process; None if it does not live through it."""
 
     def limit() -> None:
         if limit_gib is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * GIB),) * 2)
 
-    command = [sys.executable, "-m", "benchmarks.run", "--case", case]
+    command = [sys.executable, "-m", "benchmarks", "--case", case]
     result = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit, check=False)
     return Cost(*json.loads(result.stdout)) if result.returncode == 0 else None
 

@@ -33,7 +33,8 @@ RGB = 3
 class TensorBoardAttributionHandler(TensorBoardHandler):
     """Draw what an :class:`~monai_xai.AttributionHandler` has explained, and compute nothing.
 
-    Both are attached to the same engine, in any order. The image page gets, per explainer, case and input,
+    Both are attached to the same engine, in any order. The image page gets, per explainer, case and input (images of
+    two or three dimensions, and vectors),
 
     - ``<explainer>/<case>/<input>/planes``: orthogonal planes through the strongest attribution, outlines of
       prediction and label, one color scale centered on zero for all modalities of the input;
@@ -53,7 +54,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         animation_frames: the most frames of the animation; 0 leaves it out. It is the largest of the pictures: about
             1 MB for a whole head at 1 mm in four modalities.
         multilabel: whether classes may overlap, as in BraTS. Then the prediction is outlined where any channel is
-            above 0; else where another channel than 0, the background, is largest.
+            above 0; else where another channel than 0, the background, is largest (of a single channel: above 0).
         on_error: "log" keeps the loop alive and counts what failed in ``failures``; "raise" hands the error on.
     """
 
@@ -70,6 +71,11 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         if on_error not in ("log", "raise"):
             raise InputError(
                 f"TensorBoardAttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'."
+            )
+        if summary_writer is not None and not isinstance(summary_writer, SummaryWriter):
+            raise TypeError(
+                "TensorBoardAttributionHandler needs a torch.utils.tensorboard.SummaryWriter, which can hold a color "
+                f"animation, got {type(summary_writer).__module__}.{type(summary_writer).__name__}."
             )
         super().__init__(summary_writer=summary_writer, log_dir=log_dir)
         self.montage_slices = montage_slices
@@ -116,30 +122,20 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
     ) -> Iterator[tuple[str, bytes]]:
         """Yield the end of the tag and the encoded picture of everything there is to draw."""
         explanation = explained.explanations[explainer]
-        about = about_lines(explained, explanation, sample)
-        title = f"{explained.cases[sample]} · {{}} · {explainer} · epoch {explained.epoch}"
         if contributions:
             figure = draw_bars(
                 np.array(list(contributions.values())),
                 list(contributions),
-                title=title.format("modalities"),
-                about=about,
+                title=_title(explained, explainer, "modalities", sample),
+                about=about_lines(explained, explanation, sample),
                 notes=_balance(explanation, sample, contributions),
             )
             yield "modalities", encode_png(rasterize(figure))
         for name, values in explanation.attributions.items():
             if values.ndim == 2:
-                figure = draw_bars(
-                    _array(values, sample),
-                    _channel_names(explanation, name),
-                    title=title.format(name),
-                    about=about,
-                    unit="contribution to the score" if explanation.summable else "attribution",
-                    shares=explanation.summable,
-                )
-                yield f"{_clean(name)}/features", encode_png(rasterize(figure))
+                yield f"{_clean(name)}/features", _draw_features(explained, explainer, name, sample)
             elif values.ndim in (4, 5):
-                scene = scene_of(explained, explainer, name, sample, title.format(name), self.multilabel)
+                scene = scene_of(explained, explainer, name, sample, multilabel=self.multilabel)
                 yield from ((f"{_clean(name)}/{kind}", picture) for kind, picture in self._views(scene))
 
     def _views(self, scene: Scene) -> Iterator[tuple[str, bytes]]:
@@ -217,9 +213,7 @@ def about_lines(explained: ExplainedBatch, explanation: Explanation, sample: int
     return f"target  {explanation.target}", f"method  {explanation.method}", "   ".join(numbers)
 
 
-def scene_of(
-    explained: ExplainedBatch, explainer: str, name: str, sample: int, title: str, multilabel: bool
-) -> Scene:
+def scene_of(explained: ExplainedBatch, explainer: str, name: str, sample: int, *, multilabel: bool) -> Scene:
     """Return what is to be seen of one image input of one sample."""
     explanation, image = explained.explanations[explainer], explained.inputs[name]
     maps = explanation.attributions[name]
@@ -230,7 +224,7 @@ def scene_of(
     return Scene(
         attribution=_array(maps, sample),
         image=_array(image, sample),
-        title=title,
+        title=_title(explained, explainer, name, sample),
         about=about_lines(explained, explanation, sample),
         channels=tuple(_channel_names(explanation, name, image.shape[1])),
         affine=affine_of(image, sample),
@@ -239,17 +233,40 @@ def scene_of(
     )
 
 
+def _draw_features(explained: ExplainedBatch, explainer: str, name: str, sample: int) -> bytes:
+    explanation = explained.explanations[explainer]
+    figure = draw_bars(
+        _array(explanation.attributions[name], sample),
+        _channel_names(explanation, name),
+        title=_title(explained, explainer, name, sample),
+        about=about_lines(explained, explanation, sample),
+        unit="contribution to the score" if explanation.summable else "attribution",
+        shares=explanation.summable,
+    )
+    return encode_png(rasterize(figure))
+
+
+def _title(explained: ExplainedBatch, explainer: str, what: str, sample: int) -> str:
+    return f"{explained.cases[sample]} · {what} · {explainer} · epoch {explained.epoch}"
+
+
 def affine_of(image: Tensor, sample: int) -> NDArray[np.float64] | None:
     """Return the affine of one sample (voxel to RAS, mm); None where nothing is known about its place in space.
 
-    An image that began with the identity, which is what MONAI gives to arrays without a header, is not known to lie in
-    any direction, whatever flips and crops have made of it since; letters for right and left would be made up.
+    An image that began with the identity, which is what MONAI gives to arrays without a header, does not lie in any
+    known direction, whatever flips and crops have made of it since; letters for right and left would be made up.
     """
     if not isinstance(image, MetaTensor):
         return None
     affine = _affine(image.affine, sample)
-    origin = _affine(image.meta.get(MetaKeys.ORIGINAL_AFFINE, affine), sample)
-    if np.array_equal(origin[:-1, :-1], np.eye(len(origin) - 1)):
+    if MetaKeys.ORIGINAL_AFFINE in image.meta:
+        origin = _affine(image.meta[MetaKeys.ORIGINAL_AFFINE], sample)
+        is_known = not np.array_equal(origin, np.eye(len(origin)))
+    else:
+        operations = image.applied_operations[sample] if image.is_batch else image.applied_operations
+        turns = not np.array_equal(affine[:-1, :-1], np.eye(len(affine) - 1))
+        is_known = turns or (bool(affine[:-1, -1].any()) and not operations)
+    if not is_known:
         return None
     space = image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS)
     space = space if isinstance(space, str) else space[sample]

@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import ValidationHandler
+from monai.transforms import SpatialCrop
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -187,7 +188,7 @@ def test_image_of_two_dimensions_has_no_slices(tmp_path: Path) -> None:
 
 
 def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:
-    batch = explained(cases=("a", "site 1/patient:2"), explanations={"a/b": explanation()})
+    batch = explained(cases=("a", "site 1/patient:{2}"), explanations={"a/b": explanation()})
     events = write(tmp_path, batch, **PLANES_ONLY)
     assert "a_b/site_1_patient_2/image/planes" in events.Tags()["images"]
     assert "attribution/a_b/site_1_patient_2/score" in events.Tags()["scalars"]
@@ -230,16 +231,16 @@ def test_outlines_follow_the_kind_of_output() -> None:
         prediction=logits,
         label=torch.nn.functional.one_hot(logits.argmax(1), 3).moveaxis(-1, 1),
     )
-    classes = scene_of(batch, "ig", "image", 0, "", multilabel=False)
+    classes = scene_of(batch, "ig", "image", 0, multilabel=False)
     assert (voxels(classes.prediction), voxels(classes.label)) == (8, 8)
     overlapping = replace(batch, prediction=logits[:, 1:], label=logits[:, 1:] > 0)
-    both = scene_of(overlapping, "ig", "image", 0, "", multilabel=True)
+    both = scene_of(overlapping, "ig", "image", 0, multilabel=True)
     assert (voxels(both.prediction), voxels(both.label)) == (8, 8)
     single = replace(batch, prediction=logits[:, 2:], label=(logits[:, 2:] > 0).float())
-    one = scene_of(single, "ig", "image", 0, "", multilabel=False)
+    one = scene_of(single, "ig", "image", 0, multilabel=False)
     assert (voxels(one.prediction), voxels(one.label)) == (4, 4)
     elsewhere = replace(batch, prediction=torch.rand(1, 2, 9, 9), label=torch.tensor([3]))
-    none = scene_of(elsewhere, "ig", "image", 0, "", multilabel=False)
+    none = scene_of(elsewhere, "ig", "image", 0, multilabel=False)
     assert none.prediction is None
     assert none.label is None
 
@@ -261,6 +262,22 @@ def test_an_array_without_a_header_lies_nowhere() -> None:
     image.meta["original_affine"] = torch.eye(4)
     image.affine = AFFINE
     assert affine_of(image, 0) is None
+
+
+def test_a_scan_along_the_axes_of_the_body_at_one_millimeter_is_known() -> None:
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, 3] = torch.tensor([-90.0, -126.0, -72.0])
+    image = MetaTensor(torch.zeros(1, 1, 3, 3, 3), affine=affine)
+    np.testing.assert_array_equal(affine_of(image, 0), affine)
+    image.meta["original_affine"] = affine
+    np.testing.assert_array_equal(affine_of(image, 0), affine)
+
+
+def test_a_crop_of_an_array_without_a_header_lies_nowhere() -> None:
+    crop = SpatialCrop(roi_start=(1, 1, 1), roi_end=(4, 4, 4))(MetaTensor(torch.zeros(1, 5, 5, 5)))
+    batch = list_data_collate([{"image": crop}, {"image": crop}])["image"]
+    assert batch.affine[1, 0, 3] == 1
+    assert affine_of(batch, 1) is None
 
 
 def test_affine_to_the_left_and_back_is_turned() -> None:
@@ -291,6 +308,8 @@ def test_failures_are_handed_on_when_asked(tmp_path: Path) -> None:
         write(tmp_path, explained(explanations={"wrong": wrong}))
     with pytest.raises(InputError, match="'log' or 'raise'"):
         TensorBoardAttributionHandler(str(tmp_path), on_error="ignore")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got builtins\.str"):
+        TensorBoardAttributionHandler(summary_writer="runs")  # type: ignore[arg-type]
 
 
 def test_a_shared_writer_stays_open(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run the benchmarks and print a table: ``python -m benchmarks.run`` from the root of the repository."""
+"""Run the benchmarks and print a table: ``python -m benchmarks`` from the root of the repository."""
 
 from __future__ import annotations
 
