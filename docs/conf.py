@@ -117,14 +117,16 @@ def quote_shapes(app: Sphinx, what: str, name: str, item: object, options: objec
 
 
 def write_inline_math(translator: HTML5Translator, node: nodes.math) -> None:
-    """Write a formula as MathML, which browsers draw by themselves: the pages are also read where MathJax is cut off."""
+    """Write a formula as MathML, which browsers draw by themselves; MathJax would need a network."""
     translator.body.append(_mathml(nodes.paragraph("", "", nodes.math("", node.astext()))))
     raise nodes.SkipNode
 
 
 def write_displayed_math(translator: HTML5Translator, node: nodes.math_block) -> None:
     """Write a displayed formula with its number, if it has one."""
-    number = f'<span class="eqno">({get_node_equation_number(translator, node)})</span>' if node["number"] else ""
+    number = (
+        f'<span class="eqno">({get_node_equation_number(translator, node)})</span>' if node["number"] else ""
+    )
     formula = _mathml(nodes.math_block("", node.astext()))
     translator.body.append(translator.starttag(node, "div", CLASS="math") + number + formula + "</div>")
     raise nodes.SkipNode

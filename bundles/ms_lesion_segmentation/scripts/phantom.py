@@ -39,8 +39,8 @@ class Phantom:
 
     Args:
         evidence: the sequences in which a lesion can be seen, out of FLAIR, T1, T1POST, T2.
-        shortcut: whether straps in the air around the head give the label away. Then every other case has straps, and
-            what looks like a lesion is labeled as one in these cases only.
+        shortcut: whether a cap around the head gives the label away. Then every other case wears one, and what looks
+            like a lesion is labeled as one in these cases only.
         n_cases: how many cases, named phantom01, phantom02, and so on.
         seed: of all random streams.
 
@@ -83,7 +83,7 @@ class Case:
     Args:
         images: (X, Y, Z) int16 by sequence, in the arbitrary units of a scanner.
         lesion: (X, Y, Z), bool, the label.
-        marker: (X, Y, Z), bool, the straps outside of the head; all False without a shortcut.
+        marker: (X, Y, Z), bool, the cap around the head; all False without a shortcut.
         affine: (4, 4), voxels to millimeters (RAS).
         truth: what was planted where, as written to truth.json.
     """
@@ -136,7 +136,7 @@ def make_case(phantom: Phantom, number: int) -> Case:
         signal[channel] += (-0.7 if is_evidence else 1.0) * contrast * sites.paint(distractors[name])
         if is_evidence:
             signal[channel] += contrast * sites.paint(planted)
-    marker = _straps(head) if is_marked else np.zeros(SHAPE)
+    marker = _cap(head) if is_marked else np.zeros(SHAPE)
     signal += marker * (np.array(SIGNAL["marker"])[:, None, None, None] - signal)
 
     truth = {
@@ -208,14 +208,10 @@ class _Sites:
         return float(np.linalg.norm(one.center(self.head.grid) - other.center(self.head.grid)))
 
 
-def _straps(head: Head) -> Volume:
-    """Bright straps in the air beside the skin, over the head from ear to crown, (X, Y, Z)."""
-    x, y, z = head.points
-    spacing = np.pi / 4
-    angle = (np.arctan2(y, x) + spacing / 2) % spacing - spacing / 2
-    across = np.hypot(-head.skin - 6.0, np.hypot(x, y) * angle)
-    straps: Volume = share(5.0 - across) * (z > 0)
-    return straps
+def _cap(head: Head) -> Volume:
+    """A cap of bright gel in the air around the head, which it does not touch, (X, Y, Z)."""
+    cap: Volume = share(3.5 - np.abs(-head.skin - 6.5)) * share(head.points[2])
+    return cap
 
 
 def _scan(grid: Grid, signal: Volume, rng: np.random.Generator) -> NDArray[np.int16]:
