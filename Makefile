@@ -27,11 +27,11 @@ help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
-	$(RUN_BUNDLE) "['configs/train.yaml','configs/explain_train.yaml']"
-	$(RUN_BUNDLE) "['configs/inference.yaml','configs/explain.yaml']"
+	$(RUN_BUNDLE) "['configs/train.yaml','configs/explain_train.yaml']" --explain_handler::on_error raise
+	$(RUN_BUNDLE) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
 	@echo
 	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
-	@find $(BUNDLE)/eval -name '*.nii.gz' | sort | sed 's/^/  /'
+	@find $(BUNDLE)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
 	@echo "Curves over the training, and pictures of what the network looks at (images, scalars):"
 	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)"
 

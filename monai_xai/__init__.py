@@ -28,7 +28,7 @@ from monai_xai.errors import (
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
-from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedBatch, WorstCases
+from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, WorstCases
 from monai_xai.inferers import AttributionInferer
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
 from monai_xai.targets import ClassScore, FunctionTarget, MarginScore, OutputScore, RegionScore, Target
@@ -60,7 +60,7 @@ __all__ = [
     "EmptyRegionError",
     "Explain",
     "Explaind",
-    "ExplainedBatch",
+    "ExplainedCase",
     "Explainer",
     "Explanation",
     "FeatureAblation",

@@ -8,17 +8,18 @@ which map every constant image to the same features; the default is therefore a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
+from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 from torch.nn import functional
 
 from monai_xai.errors import InputError
-from monai_xai.regions import Region
+from monai_xai.regions import Needs, Region
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Baseline(ABC):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constant(Baseline):
     """One value everywhere, or any tensor that expands to the input.
 
@@ -45,8 +46,12 @@ class Constant(Baseline):
 
     value: float | Tensor = 0.0
 
+    def __repr__(self) -> str:
+        value = f"tensor of shape {tuple(self.value.shape)}" if isinstance(self.value, Tensor) else self.value
+        return f"Constant({value})"
+
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (_expand(self, torch.as_tensor(self.value), x),)
+        return (_expand(self, _plain(self.value), x),)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,12 @@ class Blur(Baseline):
     """
 
     sigma: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise InputError(
+                f"Blur(sigma={self.sigma}) must be positive: the blurred image would be the image."
+            )
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
         dims = x.ndim - 2
@@ -74,6 +85,8 @@ class Blur(Baseline):
 class Noise(Baseline):
     """Gaussian noise with the mean and standard deviation of each channel of the input: no structure at all.
 
+    All samples of a batch get the same noise, so that a sample's baseline does not depend on its neighbors.
+
     Args:
         scale: factor on the standard deviation.
         seed: seed of the noise.
@@ -85,7 +98,7 @@ class Noise(Baseline):
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noise = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device).expand_as(x)
         axes = tuple(range(2, x.ndim))
         if not axes:
             return (noise * self.scale,)
@@ -115,7 +128,7 @@ class Mean(Baseline):
     region: Region | None = None
 
     def __post_init__(self) -> None:
-        if self.region is not None and (self.region.needs_prediction or self.region.needs_label):
+        if self.region is not None and self.region.needs > Needs.GRID:
             raise InputError(f"Mean needs a region of the input (Box, Voxel or Mask), got {self.region}.")
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -131,13 +144,28 @@ class Samples(Baseline):
     """A distribution given by examples, such as other patients: attributions are averaged over them.
 
     Args:
-        values: the examples, shape (K, C, *spatial) or (K, F), on the grid of the input.
+        values: the examples, shape (K, C, *spatial) or (K, F), on the grid of the input; see :meth:`from_dataset`.
 
     Reference: Erion et al., "Improving performance of deep learning models with axiomatic attribution priors and
     expected gradients", Nature Machine Intelligence 2021 (doi:10.1038/s42256-021-00343-w).
     """
 
     values: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Tensor) or self.values.ndim < 2 or len(self.values) == 0:
+            raise InputError(
+                "Samples needs a tensor of examples, shape (K, C, *spatial) or (K, F), with K at least 1."
+            )
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Sequence[Any], key: str = "image", *, n: int = 8, seed: int = 0
+    ) -> Samples:
+        """Return ``n`` examples drawn from a dataset of dictionaries, whose ``key`` has shape (C, *spatial)."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(dataset), generator=generator)[:n].tolist()
+        return cls(torch.stack([_plain(dataset[i][key]) for i in chosen]))
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(_expand(self, value[None], x) for value in self.values)
@@ -150,6 +178,10 @@ def as_baseline(value: BaselineLike) -> Baseline | Mapping[str, Baseline]:
     """Coerce a number or tensor into :class:`Constant`, and the values of a mapping likewise."""
     if isinstance(value, Mapping):
         return {name: as_baseline(part) for name, part in value.items()}  # type: ignore[misc]
+    if isinstance(value, bool) or not isinstance(value, Baseline | int | float | Tensor):
+        raise InputError(
+            f"A baseline such as Blur(), Constant(0.0), a number or a tensor is needed, got {value!r}."
+        )
     return value if isinstance(value, Baseline) else Constant(value)
 
 
@@ -163,20 +195,37 @@ def draw_baselines(
         inputs: the inputs by name, in call order.
 
     Raises:
-        InputError: if an input has no baseline, or if it does not broadcast to the input.
+        InputError: if an input has no baseline, if it does not broadcast to the input, or is not finite.
     """
     if isinstance(baseline, Mapping) and set(baseline) != set(inputs):
         raise InputError(f"Baselines are given for {sorted(baseline)}, but the inputs are {sorted(inputs)}.")
-    draws = [
-        (baseline[name] if isinstance(baseline, Mapping) else baseline).draws(x) for name, x in inputs.items()
-    ]
-    count = max(map(len, draws))
-    return [tuple(draw[i % len(draw)] for draw in draws) for i in range(count)]
+    draws = []
+    for number, (name, x) in enumerate(inputs.items()):
+        own = _for_input(baseline[name] if isinstance(baseline, Mapping) else baseline, number)
+        draws.append(own.draws(x))
+        if not all(torch.isfinite(draw).all() for draw in draws[-1]):
+            raise InputError(f"{own} has NaN or infinite values for the input {name!r}.")
+    counts = {len(draw) for draw in draws} - {1}
+    if len(counts) > 1:
+        raise InputError(
+            f"Inputs have different numbers of baselines, {sorted(counts)}: give each the same number."
+        )
+    return [tuple(draw[i % len(draw)] for draw in draws) for i in range(max(map(len, draws)))]
+
+
+def _for_input(baseline: Baseline, number: int) -> Baseline:
+    """Return a stochastic baseline with a seed of its own for each input, so that their noise is independent."""
+    seed = getattr(baseline, "seed", None) if baseline.stochastic else None
+    return baseline if seed is None else replace(baseline, seed=seed + number)  # type: ignore[call-arg]
+
+
+def _plain(value: Any) -> Tensor:
+    return value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
 
 
 def _expand(baseline: Baseline, value: Tensor, x: Tensor) -> Tensor:
     try:
-        return value.to(x).expand_as(x)
+        return _plain(value).to(x).expand_as(x)
     except RuntimeError as error:
         raise InputError(
             f"{type(baseline).__name__} of shape {tuple(value.shape)} does not broadcast to the input of shape "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,19 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
-from monai_xai.errors import InputError
+from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import Explanation
-from monai_xai.forward import ScoreFunction, Scoring, WholeTerm, guard, undisturbed
+from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, WholeTerm, guard, undisturbed
 from monai_xai.networks import require_module
+from monai_xai.regions import Needs
 from monai_xai.targets import FunctionTarget, Target
-from monai_xai.windows import StitchedNetwork, is_sliding_window, window_scoring
+from monai_xai.windows import (
+    StitchedNetwork,
+    is_sliding_window,
+    output_channels,
+    plan_windows,
+    window_scoring,
+)
 
 Inputs = Tensor | Mapping[str, Tensor]
 TargetLike = Target | Callable[..., Tensor]
@@ -29,24 +36,7 @@ class CompletenessWarning(UserWarning):
     """The attributions of a method that promises to sum up miss the change of the score by a large share."""
 
 
-class InfererNetwork(nn.Module):
-    """A network behind an inferer that is no sliding window, as one function of whole inputs.
-
-    Args:
-        network: what the inferer calls.
-        inferer: called as ``inferer(first input, network, *other inputs)``, as MONAI's engines do.
-    """
-
-    def __init__(self, network: nn.Module, inferer: Inferer) -> None:
-        super().__init__()
-        self.network = network
-        self.inferer = inferer
-
-    def forward(self, *inputs: Tensor) -> object:
-        return self.inferer(inputs[0], self.network, *inputs[1:])
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explainer:
     """What is explained (target), how (attributor), over what extent (inferer). Pure configuration.
 
@@ -82,6 +72,10 @@ class Explainer:
             raise InputError(
                 f"Explainer(attributor=...) needs an attributor such as Saliency(), got {self.attributor!r}."
             )
+        if self.inferer is not None and not isinstance(self.inferer, Inferer):
+            raise InputError(f"Explainer(inferer=...) needs a MONAI inferer object, got {self.inferer!r}.")
+        if isinstance(self.target, Mapping) and not self.target:
+            raise InputError("Explainer(target={}) names no target.")
         target = self.target
         coerced = (
             {k: _as_target(t) for k, t in target.items()}
@@ -122,6 +116,10 @@ class Explainer:
         named = name_inputs(inputs)
         with undisturbed(network):
             tensors = {name: _plain(x) for name, x in named.items()}
+            if not isinstance(label, Tensor | None):
+                raise InputError(
+                    f"The label must be a tensor of shape (N, 1, *spatial), got {type(label).__name__}."
+                )
             plain_label = None if label is None else _plain(label)
             plain_prediction = _plain(prediction) if isinstance(prediction, Tensor) else prediction
             task = _Task(self, network, tensors, plain_label, plain_prediction)
@@ -132,6 +130,11 @@ class Explainer:
         scoring = task.scoring(target)
         with guard(self.attributor.name, scoring.values):
             attribution = self.attributor.attribute(scoring)
+        if not torch.isfinite(attribution.score).all():
+            raise AttributionError(
+                f"The score of {target} is not finite, {attribution.score.tolist()}: the network's output holds NaN or "
+                "infinite values there. Look at its weights (diverged training?) and at the intensities of the input."
+            )
         explanation = Explanation(
             attributions={name: _like(values, named[name]) for name, values in attribution.maps.items()},
             score=attribution.score,
@@ -165,24 +168,37 @@ class Explainer:
         )
 
 
-@dataclass
 class _Task:
-    """One batch to be explained, with what several targets share: the clean prediction."""
+    """One batch to be explained, with what several targets share: the clean predictions, by head.
 
-    explainer: Explainer
-    network: nn.Module
-    inputs: Mapping[str, Tensor]
-    label: Tensor | None
-    prediction: Any
+    Args:
+        explainer: the configuration.
+        network: the network, undisturbed.
+        inputs: plain tensors by name.
+        label: plain ground truth.
+        given: the network's clean output through the inferer, if the caller has it.
+    """
 
-    @property
-    def slides(self) -> bool:
-        return is_sliding_window(self.explainer.inferer)
+    def __init__(
+        self,
+        explainer: Explainer,
+        network: nn.Module,
+        inputs: Mapping[str, Tensor],
+        label: Tensor | None,
+        given: Any,
+    ) -> None:
+        self.inferer = explainer.inferer
+        self.target = explainer.target
+        self.progress = explainer.progress
+        self.network = network
+        self.inputs = inputs
+        self.label = label
+        self.given = given
+        self._predictions: dict[str | int | None, Tensor] = {}
 
     def targets(self) -> dict[str, Target]:
         """Return the targets by name, those that stand for several taken apart."""
-        given = self.explainer.target
-        named = given if isinstance(given, Mapping) else {"": given}
+        named = self.target if isinstance(self.target, Mapping) else {"": self.target}
         found: dict[str, Target] = {}
         for name, target in named.items():
             assert isinstance(target, Target)
@@ -192,51 +208,77 @@ class _Task:
 
     def scoring(self, target: Target) -> Scoring:
         """Select once, and return the score of the frozen selection."""
-        inferer, progress = self.explainer.inferer, self.explainer.progress
         selection = tuple(
-            part.to(self._first.device) for part in target.select(self._output(target), self.label)
+            part.to(self._image.device) for part in target.select(self._output(target), self.label)
         )
-        if self.slides and target.linear:
-            assert isinstance(inferer, SlidingWindowInferer)
+        if (sliding := self._sliding) and target.linear:
             return window_scoring(
-                self.network, inferer, target, selection[0], inputs=self.inputs, progress=progress
+                self.network, sliding, target, selection[0], inputs=self.inputs, progress=self.progress
             )
-        function = ScoreFunction(self._whole(target), target, len(self.inputs))
-        repeats = inferer is not None and not isinstance(inferer, SimpleInferer)
+        whole = self._whole(target.head)
+        scored = replace(target, head=None) if isinstance(whole, StitchedNetwork) else target
+        function = ScoreFunction(whole, scored, len(self.inputs))
+        repeats = whole is not self.network
         return Scoring(
-            self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=progress
+            self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=self.progress
         )
 
     def facts(self, scoring: Scoring) -> dict[str, int]:
         """Return how many windows there are and how many of them matter."""
-        places = getattr(scoring.padding, "places", None)
-        if places is None:
+        if not (sliding := self._sliding):
             return {}
-        return {"windows": len(places) * self._first.shape[0], "active_windows": len(scoring.terms)}
-
-    def _whole(self, target: Target) -> nn.Module:
-        """Return the network as a function of whole inputs."""
-        inferer = self.explainer.inferer
-        if inferer is None or isinstance(inferer, SimpleInferer):
-            return self.network
-        if self.slides:
-            assert isinstance(inferer, SlidingWindowInferer)
-            return StitchedNetwork(self.network, inferer, target.head)
-        return InfererNetwork(self.network, inferer)
-
-    def _output(self, target: Target) -> Tensor:
-        """Return the clean prediction, or only its shape where its values are not looked at and the shape is known."""
-        if not target.needs_prediction and (not target.needs_shape or (self.slides and target.linear)):
-            return self._first.new_zeros(()).expand(self._first.shape[0], 1, *self._first.shape[2:])
-        if self.prediction is None:
-            with guard("the clean prediction", tuple(self.inputs.values())), torch.no_grad():
-                self.prediction = self._whole(target)(*self.inputs.values())
-        return target.pick(self.prediction)
+        windows = len(plan_windows(sliding, scoring.values).places) * self._image.shape[0]
+        return {
+            "windows": windows,
+            "active_windows": windows if scoring.repeats_calls else len(scoring.terms),
+        }
 
     @property
-    def _first(self) -> Tensor:
+    def _sliding(self) -> SlidingWindowInferer | None:
+        inferer = self.inferer
+        return inferer if isinstance(inferer, SlidingWindowInferer) and is_sliding_window(inferer) else None
+
+    @property
+    def _image(self) -> Tensor:
         values = tuple(self.inputs.values())
         return next((x for x in values if x.ndim > 2), values[0])
+
+    def _whole(self, head: str | int | None) -> nn.Module:
+        """Return the network as a function of whole inputs."""
+        if self.inferer is None or isinstance(self.inferer, SimpleInferer):
+            return self.network
+        if sliding := self._sliding:
+            return StitchedNetwork(self.network, sliding, head, progress=self.progress)
+        return InfererNetwork(self.network, self.inferer)
+
+    def _output(self, target: Target) -> Tensor:
+        """Return the clean prediction; where its values are not looked at, a tensor of its shape as far as needed."""
+        is_known = target.needs is Needs.NOTHING or (self._sliding is not None and target.linear)
+        if is_known and target.needs is not Needs.VALUES:
+            return self._placeholder(target)
+        if target.head not in self._predictions:
+            self._predictions[target.head] = self._predict(target)
+        return self._predictions[target.head]
+
+    def _placeholder(self, target: Target) -> Tensor:
+        channels = 1
+        if target.needs is Needs.SHAPE:
+            assert self._sliding is not None
+            channels = output_channels(self.network, self._sliding, target.head, tuple(self.inputs.values()))
+        return self._image.new_zeros(()).expand(self._image.shape[0], channels, *self._image.shape[2:])
+
+    def _predict(self, target: Target) -> Tensor:
+        if self.given is not None:
+            prediction = target.pick(self.given)
+            if prediction.shape[0] != self._image.shape[0]:
+                raise InputError(
+                    f"The prediction has batch size {prediction.shape[0]}, the inputs have {self._image.shape[0]}."
+                )
+            return prediction
+        whole = self._whole(target.head)
+        with guard("the clean prediction", tuple(self.inputs.values())), torch.no_grad():
+            output = whole(*(x.clone() for x in self.inputs.values()))
+        return output if isinstance(whole, StitchedNetwork) else target.pick(output)
 
 
 def name_inputs(inputs: Inputs) -> dict[str, Tensor]:
@@ -247,6 +289,8 @@ def name_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """
     if isinstance(inputs, Tensor):
         inputs = {"image" if inputs.ndim > 2 else "input": inputs}
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"Inputs must be a tensor or tensors by name, got {type(inputs).__name__}.")
     if not inputs:
         raise InputError("There is no input to explain.")
     for name, x in inputs.items():
@@ -280,11 +324,12 @@ def _check_input(name: str, x: Tensor) -> None:
 
 
 def _check_affine(name: str, x: MetaTensor) -> None:
-    affine = torch.as_tensor(x.affine).double()
-    if (torch.linalg.det(affine[..., :-1, :-1]).abs() < 1e-12).any():
+    matrix = torch.as_tensor(x.affine).double()[..., :-1, :-1]
+    volume = torch.linalg.det(matrix).abs() / matrix.norm(dim=-2).prod(-1)
+    if not (volume > 1e-6).all():
         raise InputError(
-            f"The input {name!r} has a singular affine {affine.tolist()}: its voxels have no place in space, and maps "
-            "could not be saved in it. Mend the header (spacing and directions) of the file."
+            f"The input {name!r} has a singular affine {x.affine.tolist()}: its voxels have no place in space, and "
+            "maps could not be saved in it. Mend the header (spacing and directions) of the file."
         )
 
 
@@ -310,7 +355,9 @@ def _delta(attribution: Attribution) -> Tensor:
 
 
 def _seed(attributor: Attributor) -> int | None:
-    seeds = (getattr(owner, "seed", None) for owner in (attributor, getattr(attributor, "baseline", None)))
+    baseline = getattr(attributor, "baseline", None)
+    baselines = baseline.values() if isinstance(baseline, Mapping) else [baseline]
+    seeds = (getattr(owner, "seed", None) for owner in (attributor, *baselines))
     return next((int(seed) for seed in seeds if seed is not None), None)
 
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from monai_xai.errors import InputError
+
+
+def rounding(*scores: Tensor) -> Tensor:
+    """Return how far scores of this size may be off by rounding alone, shape (N,)."""
+    size = torch.stack([score.abs() for score in scores]).amax(0)
+    return 16 * torch.finfo(size.dtype).eps * size + torch.finfo(size.dtype).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +51,15 @@ class Explanation:
 
     @property
     def gap(self) -> Tensor | None:
-        """``|delta|`` relative to ``|score - baseline_score|``, shape (N,); None for methods without delta."""
+        """``|delta|`` relative to ``|score - baseline_score|``, shape (N,); None for methods without delta.
+
+        A delta that is no more than rounding counts as none.
+        """
         if self.delta is None or self.baseline_score is None:
             return None
-        return self.delta.abs() / (self.score - self.baseline_score).abs()
+        floor = rounding(self.score, self.baseline_score)
+        change = (self.score - self.baseline_score).abs().clamp(min=floor)
+        return torch.where(self.delta.abs() <= floor, 0.0, self.delta.abs() / change)
 
     def contributions(self) -> dict[str, Tensor]:
         """Return the signed sum of each channel, in units of the score, by input name: shape (N, C) or (N, F).

@@ -80,6 +80,8 @@ class FeatureMask(Features):
                 f"FeatureMask of shape {tuple(numbers.shape)} does not expand to {(1, *x.shape[1:])}, the shape of one "
                 f"sample of the input {name!r}."
             ) from error
+        if numbers.is_floating_point() and (numbers != numbers.round()).any():
+            raise InputError(f"FeatureMask for the input {name!r} must hold whole numbers.")
         return numbers.to(device=x.device, dtype=torch.long)
 
 
@@ -88,16 +90,23 @@ FeaturesLike = Features | Tensor | Mapping[str, Tensor]
 
 def as_features(value: FeaturesLike) -> Features:
     """Coerce a tensor or a mapping of tensors into :class:`FeatureMask`."""
+    if not isinstance(value, Features | Tensor | Mapping):
+        raise InputError(
+            f"Features such as Channels(), Blocks(16) or an integer mask are needed, got {value!r}."
+        )
     return value if isinstance(value, Features) else FeatureMask(value)
 
 
 def feature_masks(features: Features, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], int]:
-    """Return feature numbers for all inputs, contiguous and unique over the inputs, and how many there are."""
+    """Return feature numbers for all inputs, contiguous and unique over the inputs, and how many there are.
+
+    Shapes: each mask (1, C or 1, *spatial) or (1, F), expandable to its input.
+    """
     masks, count = [], 0
     for name, x in inputs.items():
         mask = features.mask(x, name)
         values, dense = torch.unique(mask, return_inverse=True)
-        masks.append((dense + count).reshape(mask.shape).expand(1, *x.shape[1:]))
+        masks.append((dense + count).reshape([1] * (x.ndim - mask.ndim) + list(mask.shape)))
         count += len(values)
     return masks, count
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
+from monai.inferers import Inferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -56,6 +57,8 @@ class ScoreFunction(nn.Module):
 class Term(ABC):
     """One call of a function on a part of the inputs.
 
+    The function gets copies: networks that work in place on their input leave the user's as it is.
+
     Attributes:
         function: ``(*inputs, *selection)`` to scores of shape (n,).
         samples: the rows of the batch that it contributes to, n of N.
@@ -94,7 +97,7 @@ class Term(ABC):
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the scores of a part, without a graph, shape (n,)."""
         with torch.no_grad():
-            return self.function(*inputs, *self.selection())
+            return self.function(*(x.clone() for x in inputs), *self.selection())
 
     def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
         """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part.
@@ -103,7 +106,7 @@ class Term(ABC):
         """
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            scores = self.function(*leaves, *self.selection())
+            scores = self.function(*(x.clone() for x in leaves), *self.selection())
             if not scores.requires_grad:
                 raise UnsupportedNetworkError(
                     "The score does not depend on the inputs through autograd (a frozen engine, detach() or arg-max "
@@ -112,6 +115,23 @@ class Term(ABC):
             gradients = torch.autograd.grad(scores.sum(), leaves, allow_unused=True)
         found = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
         return scores.detach(), tuple(found)
+
+
+class InfererNetwork(nn.Module):
+    """A network behind an inferer that is no sliding window, as one function of whole inputs.
+
+    Args:
+        network: what the inferer calls.
+        inferer: called as ``inferer(first input, network, *other inputs)``, as MONAI's engines do.
+    """
+
+    def __init__(self, network: nn.Module, inferer: Inferer) -> None:
+        super().__init__()
+        self.network = network
+        self.inferer = inferer
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.inferer(inputs[0], self.network, *inputs[1:])
 
 
 @dataclass(frozen=True)
@@ -185,11 +205,11 @@ class Scoring:
 
     def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar that appears once the work has taken two seconds."""
-        return iter(
-            tqdm(
-                work, desc=name, total=total, leave=False, delay=2.0, disable=None if self.progress else True
-            )
-        )
+        return iter(progress_bar(work, name, total=total, shown=self.progress))
+
+    def track_within(self, work: Iterable[T], name: str) -> Iterator[T]:
+        """Iterate over the work of one term, with a progress bar if there is no other term to show progress by."""
+        return self.track(work, name) if len(self.terms) == 1 else iter(work)
 
     def parts(self, name: str, *wholes: Sequence[Tensor]) -> Iterator[tuple[Term, tuple[Tensors, ...]]]:
         """Iterate over the terms with what each sees of some whole inputs.
@@ -197,7 +217,7 @@ class Scoring:
         An error inside the loop body is not seen here; wrap the body with :meth:`guard`.
         """
         padded = [[self.padding.pad(x) for x in whole] for whole in wholes]
-        for term in self.track(self.terms, name):
+        for term in self.track(self.terms, name) if len(self.terms) > 1 else self.terms:
             yield term, tuple(term.cut(whole) for whole in padded)
 
     def score(self, inputs: Sequence[Tensor] | None = None) -> Tensor:
@@ -246,6 +266,16 @@ class Scoring:
         return tuple(self.padding.unpad(total) for total in totals)
 
 
+def progress_bar(
+    work: Iterable[T], name: str, *, total: int | None = None, shown: bool = True
+) -> Iterable[T]:
+    """Return work with a progress bar that appears in a terminal once it has taken two seconds."""
+    bar: Iterable[T] = tqdm(
+        work, desc=name, total=total, leave=False, delay=2.0, disable=None if shown else True
+    )
+    return bar
+
+
 @contextmanager
 def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
     """Turn an error of the host into one that says where it happened and what may help."""
@@ -271,7 +301,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     Inside, the network is in evaluation mode, its parameters are constants, autograd is on, and autocast and
     inference mode are off. Afterwards every submodule has its own train or eval flag, hooks, attributes and buffers
     again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also after
-    an exception. ``.grad`` is never touched.
+    an exception. ``.grad`` is never touched. A network that writes to its parameters in its forward pass is beyond it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
@@ -304,24 +334,30 @@ def preserved_generators() -> Iterator[None]:
 
 
 def _module_restorer(module: nn.Module) -> Callable[[], None]:
-    attributes = {name: _shallow_copy(value) for name, value in vars(module).items()}
-    originals = dict(vars(module))
-    buffers = [(b, b._version, b.clone()) for b in module._buffers.values() if b is not None]
+    training, attributes = module.training, dict(vars(module))
+    containers = [
+        (value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
 
     def restore() -> None:
         vars(module).clear()
-        vars(module).update(originals)
-        for name, value in attributes.items():
-            if isinstance(value, dict):
-                originals[name].clear()
-                originals[name].update(value)
-        for buffer, version, content in buffers:
-            if buffer._version != version:
+        vars(module).update(attributes)
+        if module.training != training:  # modules of TorchScript keep the flag elsewhere
+            module.training = training
+        for container, content in containers:
+            _refill(container, content)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
                 with torch.no_grad():
-                    buffer.copy_(content)
+                    buffer.copy_(values)
 
     return restore
 
 
-def _shallow_copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, dict) else value
+def _refill(container: dict[Any, Any] | list[Any] | set[Any], content: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)

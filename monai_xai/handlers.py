@@ -10,7 +10,7 @@ import heapq
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from monai.metrics import DiceHelper
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from monai_xai.errors import InputError
+from monai_xai.errors import InputError, XaiError
 from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.forward import preserved_generators
@@ -46,25 +46,23 @@ def register_events(engine: Engine) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class ExplainedBatch:
-    """What :class:`AttributionHandler` leaves in ``engine.state.explained``.
+class ExplainedCase:
+    """One case that :class:`AttributionHandler` has explained, in ``engine.state.explained``; a batch of one.
 
     Args:
-        explanations: explanations of the whole batch by explainer name.
+        name: name of the case.
+        explanations: explanations by explainer name.
         inputs: what went into the network, by name.
-        prediction: the network's output, shape (N, C, ...), if it is one tensor.
+        prediction: the network's output, shape (1, C, ...), if it is one tensor.
         label: ground truth, if there is one.
-        cases: N names of cases.
-        due: the samples that were asked for.
         epoch: epoch of the engine; for a MONAI evaluator inside training, the epoch of the training.
     """
 
+    name: str
     explanations: Mapping[str, Explanation]
     inputs: Mapping[str, Tensor]
     prediction: Tensor | None
     label: Tensor | None
-    cases: tuple[str, ...]
-    due: tuple[int, ...]
     epoch: int
 
 
@@ -118,7 +116,7 @@ class WorstCases(Cases):
     """The ``n`` cases of an epoch with the lowest metric.
 
     Whether a case is among the worst is decided when it comes, against those before it: the ``n`` worst are always
-    explained, and early in an epoch some that turn out better.
+    explained, and early in an epoch some that turn out better. Cases whose metric is NaN (no lesion) are left out.
 
     Args:
         n: how many.
@@ -145,7 +143,9 @@ class WorstCases(Cases):
         return tuple(i for i, value in enumerate(values) if self._is_among_worst(value))
 
     def _is_among_worst(self, value: float) -> bool:
-        key = math.inf if math.isnan(value) else -value
+        if math.isnan(value):
+            return False
+        key = -value
         if len(self._worst) < self.n:
             heapq.heappush(self._worst, key)
             return True
@@ -166,11 +166,17 @@ def foreground_dice(prediction: Tensor, label: Tensor) -> Tensor:
     return torch.as_tensor(helper(classes, truth)).nanmean(1)
 
 
-def as_cases(value: Cases | int | Sequence[int | str]) -> Cases:
+def as_cases(value: Cases | int | str | Sequence[int | str]) -> Cases:
     """Coerce a number into :class:`FirstCases` and a list of indices or names into :class:`ChosenCases`."""
     if isinstance(value, Cases):
         return value
-    return FirstCases(value) if isinstance(value, int) else ChosenCases(frozenset(value))
+    if isinstance(value, int):
+        return FirstCases(value)
+    if not isinstance(value, str | Iterable):
+        raise InputError(
+            f"AttributionHandler(cases={value!r}) needs a number, indices or case names, or WorstCases(n)."
+        )
+    return ChosenCases(frozenset([value] if isinstance(value, str) else value))
 
 
 class AttributionHandler:
@@ -179,14 +185,15 @@ class AttributionHandler:
     In evaluators it explains at ``IterationEvents.FORWARD_COMPLETED``, so that the maps are in
     ``engine.state.output[key]`` (one entry per input; ``<explainer>_<input>`` if there are several explainers) before
     decollation, and the bundle's own ``Invertd`` and ``SaveImaged`` carry them on; in trainers at
-    ``BACKWARD_COMPLETED``; in plain ignite engines at ``ITERATION_COMPLETED``. A batch is explained as a whole when
-    one of its samples is due.
+    ``BACKWARD_COMPLETED``; in plain ignite engines at ``ITERATION_COMPLETED``. Cases are explained one by one, so that
+    one that cannot be explained takes nothing from the others. In a batch that is explained in part, the maps of the
+    other cases are NaN; :class:`~monai_xai.transforms.FlattenAttributionsd` leaves those out.
 
     Args:
         explainer: one explainer, or several by name. An explainer without inferer takes the engine's.
         cases: which cases of an epoch: a number for the first ones, a list of indices or case names, or
             :class:`WorstCases`.
-        interval: explain in every ``interval``-th epoch.
+        interval: explain in every ``interval``-th epoch, or in the epochs of a list.
         network: the network, if the engine has none of its own or another is meant.
         key: where maps go in ``engine.state.output``.
         case_key: where the batch holds case names; else file names are taken.
@@ -198,7 +205,7 @@ class AttributionHandler:
         explainer: Explainer | Mapping[str, Explainer],
         cases: Cases | int | Sequence[int | str] = 1,
         *,
-        interval: int = 1,
+        interval: int | Sequence[int] = 1,
         network: torch.nn.Module | None = None,
         key: str = "attribution",
         case_key: str = "case_id",
@@ -206,12 +213,10 @@ class AttributionHandler:
     ) -> None:
         if on_error not in ("log", "raise"):
             raise InputError(f"AttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
-        if interval < 1:
+        if isinstance(interval, int) and interval < 1:
             raise InputError(f"AttributionHandler(interval={interval}) must be at least 1.")
-        self.explainers = (
-            dict(explainer) if isinstance(explainer, Mapping) else {explainer.attributor.name: explainer}
-        )
         self.is_single = not isinstance(explainer, Mapping)
+        self.explainers = _named(explainer)
         self.cases = as_cases(cases)
         self.interval = interval
         self.network = network
@@ -235,37 +240,50 @@ class AttributionHandler:
 
     def __call__(self, engine: Engine) -> None:
         """Explain the engine's batch if one of its cases is due."""
-        if engine.state.epoch % self.interval:
+        if not self._is_due_in(engine.state.epoch):
             return
         try:
             self._explain_if_due(engine)
         except Exception as error:
             self._fail(error, f"epoch {engine.state.epoch}, iteration {engine.state.iteration}")
 
+    def _is_due_in(self, epoch: int) -> bool:
+        return epoch in self.interval if isinstance(self.interval, Sequence) else epoch % self.interval == 0
+
     def _explain_if_due(self, engine: Engine) -> None:
         size = _batch_size(engine)
         first, self._seen = self._seen, self._seen + size
         due = self.cases.due(first, size, engine, lambda: self._names(engine, first, size))
-        if due:
-            self._explain(engine, self._names(engine, first, size), due)
-
-    def _explain(self, engine: Engine, names: tuple[str, ...], due: tuple[int, ...]) -> None:
+        if not due:
+            return
+        names = self._names(engine, first, size)
         inputs, label = self._batch(engine)
-        prediction = _prediction(engine)
+        rows = [
+            self._explain_case(engine, i, names[i], inputs, label) if i in due else {} for i in range(size)
+        ]
+        self._put(engine, rows, inputs)
+
+    def _explain_case(
+        self, engine: Engine, row: int, name: str, inputs: Mapping[str, Tensor], label: Tensor | None
+    ) -> dict[str, Explanation]:
+        """Explain one row of the batch, tell those who listen, and return its explanations by explainer."""
+        own = {key: _row(x, row) for key, x in inputs.items()}
+        own_label, prediction = _row(label, row), _row(_prediction(engine), row)
         explanations: dict[str, Explanation] = {}
-        for name, explainer in self.explainers.items():
+        for explainer_name, explainer in self.explainers.items():
             try:
-                found = self._run(engine, explainer, inputs, label, prediction)
+                found = self._run(engine, explainer, own, own_label, prediction)
             except Exception as error:
-                self._fail(error, f"case {', '.join(names[i] for i in due)}, {explainer.attributor.name}")
+                self._fail(error, f"case {name}, {explainer.attributor.name}")
                 continue
-            explanations |= {"_".join(filter(None, (name, part))): value for part, value in found.items()}
+            explanations |= {"_".join(filter(None, (explainer_name, part))): e for part, e in found.items()}
         if explanations:
             shown = prediction if isinstance(prediction, Tensor) else None
-            epoch = engine.state.epoch
-            engine.state.explained = ExplainedBatch(explanations, inputs, shown, label, names, due, epoch)
-            self._put(engine, explanations)
+            engine.state.explained = ExplainedCase(
+                name, explanations, own, shown, own_label, engine.state.epoch
+            )
             engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
+        return explanations
 
     def _run(
         self,
@@ -275,27 +293,35 @@ class AttributionHandler:
         label: Tensor | None,
         prediction: Any,
     ) -> dict[str, Explanation]:
-        own = getattr(engine, "inferer", None)
-        explains_what_ran = explainer.inferer is None or explainer.inferer is own
+        network, own = self._network(engine), getattr(engine, "inferer", None)
+        is_what_ran = (
+            isinstance(engine, Evaluator)
+            and (explainer.inferer is None or explainer.inferer is own)
+            and network is getattr(engine, "network", None)
+        )
         if explainer.inferer is None and isinstance(own, Inferer):
             explainer = replace(explainer, inferer=own)
-        return explainer.explain(
-            self._network(engine),
-            inputs,
-            label=label,
-            prediction=prediction if explains_what_ran and isinstance(engine, Evaluator) else None,
-        )
+        return explainer.explain(network, inputs, label=label, prediction=prediction if is_what_ran else None)
 
-    def _put(self, engine: Engine, explanations: Mapping[str, Explanation]) -> None:
-        """Put the maps where post-processing, metrics and later handlers find them."""
+    def _put(
+        self, engine: Engine, rows: Sequence[Mapping[str, Explanation]], inputs: Mapping[str, Tensor]
+    ) -> None:
+        """Put the maps where post-processing, metrics and later handlers find them; NaN in rows without any."""
         if not isinstance(engine.state.output, dict):
             return
-        alone = self.is_single and len(explanations) == 1
-        engine.state.output[self.key] = {
-            name if alone else f"{explainer}_{name}": values
-            for explainer, explanation in explanations.items()
-            for name, values in explanation.attributions.items()
-        }
+        maps: dict[str, dict[int, Tensor]] = {}
+        sources: dict[str, Tensor] = {}
+        alone = self.is_single and all(len(row) <= 1 for row in rows)
+        for number, row in enumerate(rows):
+            for explained, explanation in row.items():
+                for name, values in explanation.attributions.items():
+                    key = name if alone else f"{explained}_{name}"
+                    maps.setdefault(key, {})[number] = values
+                    sources[key] = inputs[name]
+        if maps:
+            engine.state.output[self.key] = {
+                key: _stack(values, len(rows), sources[key]) for key, values in maps.items()
+            }
 
     def _network(self, engine: Engine) -> torch.nn.Module:
         network = self.network if self.network is not None else getattr(engine, "network", None)
@@ -331,13 +357,16 @@ class AttributionHandler:
         return {CommonKeys.IMAGE: image, **dict(zip(names, arguments, strict=True))}, label
 
     def _names(self, engine: Engine, first: int, size: int) -> tuple[str, ...]:
+        """Return the names of the cases: the batch's own, else file names, else their number in the epoch."""
         batch = engine.state.batch
         names = batch.get(self.case_key) if isinstance(batch, Mapping) else None
         if names is None and isinstance(batch, Mapping):
             image = batch.get(CommonKeys.IMAGE)
             files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
             names = (
-                None if files is None else [Path(str(file)).name.split(".")[0] for file in _as_list(files)]
+                None
+                if files is None
+                else [Path(str(file).removesuffix(".gz")).stem for file in _as_list(files)]
             )
         names = [f"case{first + i}" for i in range(size)] if names is None else _as_list(names)
         return tuple(str(name.item() if isinstance(name, Tensor) else name) for name in names)
@@ -346,7 +375,8 @@ class AttributionHandler:
         if self.on_error == "raise":
             raise error
         self.failures += 1
-        logger.warning("Not explained: %s (failure %d): %s", where, self.failures, error, exc_info=error)
+        trace = None if isinstance(error, XaiError) else error
+        logger.warning("Not explained: %s (failure %d): %s", where, self.failures, error, exc_info=trace)
 
 
 def _event(engine: Engine) -> Any:
@@ -369,3 +399,32 @@ def _prediction(engine: Engine) -> Any:
 
 def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else list(value)
+
+
+def _named(explainer: Explainer | Mapping[str, Explainer]) -> dict[str, Explainer]:
+    named = dict(explainer) if isinstance(explainer, Mapping) else {"": explainer}
+    for value in named.values():
+        if not isinstance(value, Explainer):
+            raise InputError(f"AttributionHandler needs an Explainer or several by name, got {value!r}.")
+    return {name or value.attributor.name: value for name, value in named.items()}
+
+
+def _row(value: Any, row: int) -> Any:
+    """Return one row of a batched tensor, or of the tensors in a list or dict, with a batch axis of one."""
+    if isinstance(value, Tensor):
+        return value[row : row + 1]
+    if isinstance(value, Mapping):
+        return {key: _row(part, row) for key, part in value.items()}
+    return [_row(part, row) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _stack(maps: Mapping[int, Tensor], size: int, source: Tensor) -> Tensor:
+    """Return a batch of maps, NaN in the rows that have none, in the space of the input."""
+    first = next(iter(maps.values()))
+    plain = first.as_tensor() if isinstance(first, MetaTensor) else first
+    batch = plain.new_full((size, *first.shape[1:]), math.nan)
+    for row, values in maps.items():
+        batch[row] = values.as_tensor()[0] if isinstance(values, MetaTensor) else values[0]
+    return (
+        MetaTensor(batch).copy_meta_from(source, copy_attr=True) if isinstance(source, MetaTensor) else batch
+    )

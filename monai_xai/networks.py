@@ -114,7 +114,7 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
         InputError: with the most similar names there are.
     """
     modules = dict(network.named_modules())
-    if name not in modules or not name:
+    if name not in modules:
         near = difflib.get_close_matches(name, [n for n in modules if n], n=5, cutoff=0.3)
         raise InputError(
             f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import ClassVar
 
 import numpy as np
@@ -15,24 +16,34 @@ from torch import Tensor
 from monai_xai.errors import EmptyRegionError, InputError
 
 
+class Needs(IntEnum):
+    """How much of the clean prediction a target or region looks at. What is not looked at is not computed."""
+
+    NOTHING = 0
+    """At most its batch size."""
+    GRID = 1
+    """Also where its voxels lie."""
+    SHAPE = 2
+    """Also how many channels it has."""
+    VALUES = 3
+    """All of it."""
+
+
 @dataclass(frozen=True)
 class Region(ABC):
     """The voxels of interest, chosen once from the clean prediction and frozen from then on.
 
-    ``needs_prediction`` and ``needs_label`` tell what :meth:`mask` looks at; a region that does not need the
-    prediction is explained without computing it.
+    ``needs`` tells how much of the prediction :meth:`mask` looks at.
     """
 
-    needs_prediction: ClassVar[bool] = False
-    needs_label: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs.VALUES
 
     @abstractmethod
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         """Return the voxels of the region.
 
         Args:
-            output: the clean prediction, shape (N, C, *spatial). Only its shape is meaningful if
-                ``needs_prediction`` is false.
+            output: the clean prediction, shape (N, C, *spatial); true as far as ``needs`` says.
             label: ground truth, shape (N, 1, *spatial) with class indices or (N, C, *spatial) one-hot.
             channel: the output channel that the target speaks about.
 
@@ -55,7 +66,6 @@ class Predicted(Region):
     """
 
     threshold: float | None = None
-    needs_prediction: ClassVar[bool] = True
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if self.threshold is None and output.shape[1] > 1:
@@ -73,7 +83,7 @@ class Labeled(Region):
     """
 
     value: int | None = None
-    needs_label: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs.SHAPE
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if label is None:
@@ -115,14 +125,9 @@ class Component(Region):
     min_voxels: int = 1
 
     @property
-    def needs_prediction(self) -> bool:  # type: ignore[override]
-        """Whether the region that is taken apart looks at the prediction."""
-        return self.of.needs_prediction
-
-    @property
-    def needs_label(self) -> bool:  # type: ignore[override]
-        """Whether the region that is taken apart looks at the label."""
-        return self.of.needs_label
+    def needs(self) -> Needs:  # type: ignore[override]
+        """What the region that is taken apart looks at."""
+        return self.of.needs
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if self.k is None:
@@ -170,6 +175,7 @@ class Box(Region):
 
     start: Sequence[int]
     end: Sequence[int]
+    needs: ClassVar[Needs] = Needs.GRID
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]
@@ -189,6 +195,7 @@ class Voxel(Region):
     """A single voxel, the same in every sample."""
 
     index: Sequence[int]
+    needs: ClassVar[Needs] = Needs.GRID
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]
@@ -208,6 +215,7 @@ class Mask(Region):
     """
 
     voxels: Tensor = field(repr=False)
+    needs: ClassVar[Needs] = Needs.GRID
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         shape = (output.shape[0], 1, *output.shape[2:])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monai_xai.errors import EmptyRegionError, InputError
-from monai_xai.regions import Predicted, Region
+from monai_xai.regions import Mask, Needs, Predicted, Region
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,9 @@ class Target(ABC):
     head: str | int | None = field(default=None, kw_only=True)
 
     @property
-    def needs_prediction(self) -> bool:
-        """Whether :meth:`select` looks at the values of the prediction, not only at its shape."""
-        return True
-
-    @property
-    def needs_shape(self) -> bool:
-        """Whether :meth:`select` looks at the shape of the prediction: at where its voxels lie."""
-        return self.needs_prediction
+    def needs(self) -> Needs:
+        """How much of the prediction :meth:`select` looks at."""
+        return Needs.VALUES
 
     @property
     def linear(self) -> bool:
@@ -70,9 +65,13 @@ def pick_head(output: Any, head: str | int | None) -> Tensor:
     Raises:
         InputError: naming the type and parts of the output where the choice is missing or wrong.
     """
-    if head is not None and isinstance(output, Mapping | Sequence):
+    if head is not None:
+        if isinstance(output, Tensor):
+            raise InputError(
+                f"head={head!r}, but the network's output is one tensor of shape {tuple(output.shape)}."
+            )
         try:
-            output = output[head]  # type: ignore[index]
+            output = output[head]
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"head={head!r} is not a part of the network's output, which {_describe(output)}."
@@ -132,8 +131,8 @@ class ClassScore(Target):
     class_index: int | None = None
 
     @property
-    def needs_prediction(self) -> bool:
-        return self.class_index is None
+    def needs(self) -> Needs:
+        return Needs.VALUES if self.class_index is None else Needs.NOTHING
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.class_index is not None:
@@ -160,8 +159,8 @@ class OutputScore(Target):
     index: int = 0
 
     @property
-    def needs_prediction(self) -> bool:
-        return False
+    def needs(self) -> Needs:
+        return Needs.NOTHING
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         return ()
@@ -196,13 +195,28 @@ def _weighted_sum(target: Target, values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).flatten(1).sum(1)
 
 
+def as_region(value: Region | Tensor) -> Region:
+    """Coerce a tensor into :class:`~monai_xai.regions.Mask`."""
+    region = Mask(value) if isinstance(value, Tensor) else value
+    if not isinstance(region, Region):
+        raise InputError(
+            f"A region such as Predicted(), Box(start, end) or a mask tensor is needed, got {value!r}."
+        )
+    return region
+
+
+def _require_index(where: str, value: object) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise InputError(f"{where} must be a whole number from 0, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class RegionScore(Target):
     """The mean (or sum) of one output channel over a region: the score of a segmentation.
 
     Args:
         channel: the output channel.
-        region: the voxels, see :mod:`monai_xai.regions`.
+        region: the voxels, see :mod:`monai_xai.regions`; a tensor is coerced to ``Mask``.
         reduction: "mean" or "sum" over the region.
 
     Shapes: output (N, C, *spatial), usually logits; selection: weights (N, 1, *spatial).
@@ -218,20 +232,22 @@ class RegionScore(Target):
     region: Region = field(default_factory=Predicted)
     reduction: Literal["mean", "sum"] = "mean"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "region", as_region(self.region))
+        _require_index("RegionScore(channel=...)", self.channel)
+        if self.reduction not in ("mean", "sum"):
+            raise InputError(f"RegionScore(reduction={self.reduction!r}): choose 'mean' or 'sum'.")
+
     @property
     def linear(self) -> bool:
         return True
 
     @property
-    def needs_prediction(self) -> bool:
-        return self.region.needs_prediction
-
-    @property
-    def needs_shape(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return self.region.needs
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
-        if self.needs_prediction:
+        if self.needs is Needs.VALUES:
             _channel(self, output, self.channel)
         mask = self.region.mask(output, label, self.channel)
         return (_region_weights(self, mask, output, self.reduction),)
@@ -258,22 +274,23 @@ class MarginScore(Target):
     against: int
     region: Region | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "region", None if self.region is None else as_region(self.region))
+        _require_index("MarginScore(channel=...)", self.channel)
+        _require_index("MarginScore(against=...)", self.against)
+
     @property
     def linear(self) -> bool:
         return self.region is not None
 
     @property
-    def needs_prediction(self) -> bool:
-        return self.region is not None and self.region.needs_prediction
-
-    @property
-    def needs_shape(self) -> bool:
-        return self.region is not None
+    def needs(self) -> Needs:
+        return Needs.NOTHING if self.region is None else self.region.needs
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.region is None:
             return ()
-        if self.needs_prediction:
+        if self.needs is Needs.VALUES:
             _channel(self, output, self.channel)
         return (_region_weights(self, self.region.mask(output, label, self.channel), output, "mean"),)
 
@@ -304,8 +321,8 @@ class FunctionTarget(Target):
     selector: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]] | None = None
 
     @property
-    def needs_prediction(self) -> bool:
-        return self.selector is not None
+    def needs(self) -> Needs:
+        return Needs.NOTHING if self.selector is None else Needs.VALUES
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         return self.selector(output, label) if self.selector else ()

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from monai_xai.errors import InputError
 from monai_xai.explanation import Explanation
 from monai_xai.figures import Scene, animate, draw_bars, draw_montage, draw_planes, encode_png, rasterize
-from monai_xai.handlers import AttributionEvents, ExplainedBatch, register_events
+from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
 
 logger = logging.getLogger(__name__)
 RGB = 3
@@ -39,7 +39,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
     - ``<explainer>/<case>/<input>/planes``: orthogonal planes through the strongest attribution, outlines of
       prediction and label, one color scale centered on zero for all modalities of the input;
     - ``.../montage``: slices of the part of the volume that carries the attribution;
-    - ``.../animation``: a walk through the volume, as a color GIF;
+    - ``.../animation``: a walk through the volume from its strongest slice on, as a color GIF;
     - ``.../features``: a bar per feature, for a vector instead of the three above;
     - ``<explainer>/<case>/modalities``: a bar per modality, where values may be added up.
 
@@ -92,33 +92,30 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Draw those samples of ``engine.state.explained`` that were asked for."""
-        explained: ExplainedBatch = engine.state.explained
+        """Draw the case in ``engine.state.explained``."""
+        explained: ExplainedCase = engine.state.explained
         for explainer in explained.explanations:
-            for sample in explained.due:
-                try:
-                    self._draw(explained, explainer, sample)
-                except Exception as error:
-                    self._fail(
-                        error, f"{explainer} of case {explained.cases[sample]}, epoch {explained.epoch}"
-                    )
+            try:
+                self._draw(explained, explainer)
+            except Exception as error:
+                self._fail(error, f"{explainer} of case {explained.name}, epoch {explained.epoch}")
         self._writer.flush()
 
-    def _draw(self, explained: ExplainedBatch, explainer: str, sample: int) -> None:
+    def _draw(self, explained: ExplainedCase, explainer: str) -> None:
         explanation, epoch = explained.explanations[explainer], explained.epoch
-        tag = f"{_clean(explainer)}/{_clean(explained.cases[sample])}"
-        contributions = contributions_of(explanation, sample)
-        for name, value in scalars_of(explanation, sample, contributions):
+        tag = f"{_clean(explainer)}/{_clean(explained.name)}"
+        contributions = contributions_of(explanation)
+        for name, value in scalars_of(explanation, contributions):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
         self._add_charts(tag, list(contributions))
-        for name, encoded in self._pictures(explained, explainer, sample, contributions):
-            about = "\n\n".join(about_lines(explained, explanation, sample))
+        for name, encoded in self._pictures(explained, explainer, contributions):
+            about = "\n\n".join(about_lines(explained, explanation))
             self._writer._get_file_writer().add_summary(
                 _image_summary(f"{tag}/{name}", encoded, about), epoch
             )
 
     def _pictures(
-        self, explained: ExplainedBatch, explainer: str, sample: int, contributions: dict[str, float]
+        self, explained: ExplainedCase, explainer: str, contributions: dict[str, float]
     ) -> Iterator[tuple[str, bytes]]:
         """Yield the end of the tag and the encoded picture of everything there is to draw."""
         explanation = explained.explanations[explainer]
@@ -126,16 +123,16 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             figure = draw_bars(
                 np.array(list(contributions.values())),
                 list(contributions),
-                title=_title(explained, explainer, "modalities", sample),
-                about=about_lines(explained, explanation, sample),
-                notes=_balance(explanation, sample, contributions),
+                title=_title(explained, explainer, "modalities"),
+                about=about_lines(explained, explanation),
+                notes=_balance(explanation, contributions),
             )
             yield "modalities", encode_png(rasterize(figure))
         for name, values in explanation.attributions.items():
             if values.ndim == 2:
-                yield f"{_clean(name)}/features", _draw_features(explained, explainer, name, sample)
+                yield f"{_clean(name)}/features", _draw_features(explained, explainer, name)
             elif values.ndim in (4, 5):
-                scene = scene_of(explained, explainer, name, sample, multilabel=self.multilabel)
+                scene = scene_of(explained, explainer, name, multilabel=self.multilabel)
                 yield from ((f"{_clean(name)}/{kind}", picture) for kind, picture in self._views(scene))
 
     def _views(self, scene: Scene) -> Iterator[tuple[str, bytes]]:
@@ -163,8 +160,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         logger.warning("Not drawn: %s (failure %d): %s", where, self.failures, error, exc_info=error)
 
 
-def contributions_of(explanation: Explanation, sample: int) -> dict[str, float]:
-    """Return the signed contribution of each modality of one sample, in units of the score.
+def contributions_of(explanation: Explanation) -> dict[str, float]:
+    """Return the signed contribution of each modality, in units of the score.
 
     A modality is a channel of an image or a whole vector. Empty where values must not be added up.
     """
@@ -172,7 +169,7 @@ def contributions_of(explanation: Explanation, sample: int) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for name, values in explanation.contributions().items():
-        sums = _array(values, sample).astype(float)
+        sums = _array(values).astype(float)
         if explanation.attributions[name].ndim == 2:
             found[name] = float(sums.sum())
         else:
@@ -180,14 +177,12 @@ def contributions_of(explanation: Explanation, sample: int) -> dict[str, float]:
     return found
 
 
-def scalars_of(
-    explanation: Explanation, sample: int, contributions: dict[str, float]
-) -> Iterator[tuple[str, float]]:
-    """Yield name and value of every curve of one sample."""
+def scalars_of(explanation: Explanation, contributions: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield name and value of every curve."""
     for name in ("score", "baseline_score", "delta"):
         values: Tensor | None = getattr(explanation, name)
         if values is not None:
-            yield name, float(values[sample])
+            yield name, float(values[0])
     yield "seconds", explanation.seconds
     total = sum(map(abs, contributions.values()))
     for name, value in contributions.items():
@@ -196,95 +191,93 @@ def scalars_of(
             yield f"share/{_clean(name)}", abs(value) / total
 
 
-def about_lines(explained: ExplainedBatch, explanation: Explanation, sample: int) -> tuple[str, ...]:
+def about_lines(explained: ExplainedCase, explanation: Explanation) -> tuple[str, ...]:
     """Return what every picture says about its origin."""
-    numbers = [f"score {float(explanation.score[sample]):.4g}"]
+    numbers = [f"score {float(explanation.score[0]):.4g}"]
     if explanation.baseline_score is not None:
-        numbers.append(f"baseline score {float(explanation.baseline_score[sample]):.4g}")
+        numbers.append(f"baseline score {float(explanation.baseline_score[0]):.4g}")
     if explanation.delta is not None:
-        gap = "" if explanation.gap is None else f" ({float(explanation.gap[sample]):.1%})"
-        numbers.append(f"delta {float(explanation.delta[sample]):+.2g}{gap}")
+        gap = "" if explanation.gap is None else f" ({float(explanation.gap[0]):.1%})"
+        numbers.append(f"delta {float(explanation.delta[0]):+.2g}{gap}")
     numbers.append(f"{explanation.seconds:.3g} s")
     numbers.extend([] if explanation.seed is None else [f"seed {explanation.seed}"])
     numbers.extend(f"{name.replace('_', ' ')} {value}" for name, value in explanation.facts.items())
     prediction = explained.prediction
     if prediction is not None and prediction.ndim == 2 and prediction.shape[1] > 1:
-        numbers.append(f"largest output {int(prediction[sample].argmax())} of {prediction.shape[1]}")
+        numbers.append(f"largest output {int(prediction[0].argmax())} of {prediction.shape[1]}")
     return f"target  {explanation.target}", f"method  {explanation.method}", "   ".join(numbers)
 
 
-def scene_of(explained: ExplainedBatch, explainer: str, name: str, sample: int, *, multilabel: bool) -> Scene:
-    """Return what is to be seen of one image input of one sample."""
+def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel: bool) -> Scene:
+    """Return what is to be seen of one image input."""
     explanation, image = explained.explanations[explainer], explained.inputs[name]
     maps = explanation.attributions[name]
     outlines = {
-        kind: _outline(values, sample, maps.shape[2:], multilabel)
+        kind: _outline(values, maps.shape[2:], multilabel)
         for kind, values in (("prediction", explained.prediction), ("label", explained.label))
     }
     return Scene(
-        attribution=_array(maps, sample),
-        image=_array(image, sample),
-        title=_title(explained, explainer, name, sample),
-        about=about_lines(explained, explanation, sample),
+        attribution=_array(maps),
+        image=_array(image),
+        title=_title(explained, explainer, name),
+        about=about_lines(explained, explanation),
         channels=tuple(_channel_names(explanation, name, image.shape[1])),
-        affine=affine_of(image, sample),
+        affine=affine_of(image),
         unit="contribution to the score per voxel" if explanation.summable else "attribution",
         **outlines,
     )
 
 
-def _draw_features(explained: ExplainedBatch, explainer: str, name: str, sample: int) -> bytes:
+def _draw_features(explained: ExplainedCase, explainer: str, name: str) -> bytes:
     explanation = explained.explanations[explainer]
     figure = draw_bars(
-        _array(explanation.attributions[name], sample),
+        _array(explanation.attributions[name]),
         _channel_names(explanation, name),
-        title=_title(explained, explainer, name, sample),
-        about=about_lines(explained, explanation, sample),
+        title=_title(explained, explainer, name),
+        about=about_lines(explained, explanation),
         unit="contribution to the score" if explanation.summable else "attribution",
         shares=explanation.summable,
     )
     return encode_png(rasterize(figure))
 
 
-def _title(explained: ExplainedBatch, explainer: str, what: str, sample: int) -> str:
-    return f"{explained.cases[sample]} · {what} · {explainer} · epoch {explained.epoch}"
+def _title(explained: ExplainedCase, explainer: str, what: str) -> str:
+    return f"{explained.name} · {what} · {explainer} · epoch {explained.epoch}"
 
 
-def affine_of(image: Tensor, sample: int) -> NDArray[np.float64] | None:
-    """Return the affine of one sample (voxel to RAS, mm); None where nothing is known about its place in space.
+def affine_of(image: Tensor) -> NDArray[np.float64] | None:
+    """Return the affine of an image (voxel to RAS, mm); None where nothing is known about its place in space.
 
     An image that began with the identity, which is what MONAI gives to arrays without a header, does not lie in any
     known direction, whatever flips and crops have made of it since; letters for right and left would be made up.
     """
     if not isinstance(image, MetaTensor):
         return None
-    affine = _affine(image.affine, sample)
+    affine = _affine(image.affine)
     if MetaKeys.ORIGINAL_AFFINE in image.meta:
-        origin = _affine(image.meta[MetaKeys.ORIGINAL_AFFINE], sample)
+        origin = _affine(image.meta[MetaKeys.ORIGINAL_AFFINE])
         is_known = not np.array_equal(origin, np.eye(len(origin)))
     else:
-        operations = image.applied_operations[sample] if image.is_batch else image.applied_operations
+        operations = image.applied_operations[0] if image.is_batch else image.applied_operations
         turns = not np.array_equal(affine[:-1, :-1], np.eye(len(affine) - 1))
         is_known = turns or (bool(affine[:-1, -1].any()) and not operations)
     if not is_known:
         return None
     space = image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS)
-    space = space if isinstance(space, str) else space[sample]
+    space = space if isinstance(space, str) else space[0]
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if space == SpaceKeys.LPS and len(affine) == 4 else affine
 
 
-def _affine(affine: Any, sample: int) -> NDArray[np.float64]:
+def _affine(affine: Any) -> NDArray[np.float64]:
     matrix = torch.as_tensor(affine).detach().cpu().double().numpy()
-    return matrix[sample] if matrix.ndim == 3 else matrix
+    return matrix[0] if matrix.ndim == 3 else matrix
 
 
-def _outline(
-    values: Tensor | None, sample: int, spatial: Sequence[int], multilabel: bool
-) -> NDArray[np.bool_] | None:
+def _outline(values: Tensor | None, spatial: Sequence[int], multilabel: bool) -> NDArray[np.bool_] | None:
     """Return where prediction (logits) or label is foreground, shape (*spatial); None if it lies on another grid."""
     if values is None or tuple(values.shape[2:]) != tuple(spatial):
         return None
-    channels = _array(values, sample)
+    channels = _array(values)
     if len(channels) == 1 or multilabel:
         return np.asarray((channels > 0).any(0))
     return np.asarray(channels.argmax(0) > 0)
@@ -306,12 +299,12 @@ def _modality_names(explanation: Explanation, name: str) -> list[str]:
     return [f"{name} {n}" if n in others else n for n in _channel_names(explanation, name)]
 
 
-def _balance(explanation: Explanation, sample: int, contributions: dict[str, float]) -> list[str]:
+def _balance(explanation: Explanation, contributions: dict[str, float]) -> list[str]:
     """Return the sum that the bars belong to, for methods that promise one."""
     if explanation.delta is None or explanation.baseline_score is None:
         return []
     score, baseline, delta = (
-        float(values[sample]) for values in (explanation.score, explanation.baseline_score, explanation.delta)
+        float(values[0]) for values in (explanation.score, explanation.baseline_score, explanation.delta)
     )
     total = sum(contributions.values())
     return [
@@ -319,10 +312,10 @@ def _balance(explanation: Explanation, sample: int, contributions: dict[str, flo
     ]
 
 
-def _array(values: Tensor, sample: int) -> NDArray[Any]:
-    """Return one sample as numbers that NumPy knows (bfloat16 is none of them)."""
+def _array(values: Tensor) -> NDArray[Any]:
+    """Return the only row of a batch as numbers that NumPy knows (bfloat16 is none of them)."""
     plain = values.as_tensor() if isinstance(values, MetaTensor) else values
-    return np.asarray(plain[sample].detach().float().cpu().numpy())
+    return np.asarray(plain[0].detach().float().cpu().numpy())
 
 
 def _clean(name: str) -> str:

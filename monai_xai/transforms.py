@@ -108,6 +108,13 @@ class FlattenAttributionsd(FlattenSubKeysd):
         super().__init__(keys, prefix=keys)
         self.allow_missing_keys = True
 
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the maps at the top, without those that are all NaN: cases not explained."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = {name: values for name, values in d[key].items() if not torch.isnan(values).all()}
+        return dict(super().__call__(d))  # type: ignore[no-untyped-call]
+
 
 class AtomicNibabelWriter(NibabelWriter):
     """``NibabelWriter`` that leaves a whole file or none: for ``SaveImaged(writer=AtomicNibabelWriter)``.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term
+from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, progress_bar
 from monai_xai.targets import Target, pick_head
 
 Place = tuple[slice, ...]
@@ -210,15 +210,22 @@ class StitchedNetwork(nn.Module):
         network: sees windows of every image, and every vector whole.
         inferer: the sliding-window inferer.
         head: the part of the network's output that is stitched.
+        progress: whether a long backward pass shows a bar.
     """
 
     def __init__(
-        self, network: nn.Module, inferer: SlidingWindowInferer, head: str | int | None = None
+        self,
+        network: nn.Module,
+        inferer: SlidingWindowInferer,
+        head: str | int | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.inferer = inferer
         self.head = head
+        self.progress = progress
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _Stitch.apply(self, *inputs)  # type: ignore[no-untyped-call]
@@ -242,7 +249,8 @@ class StitchedNetwork(nn.Module):
         def predict(window: Tensor) -> Tensor:
             parts = iter(window.split(channels, dim=1))
             row = (
-                next(parts) if windows.is_image(x) else x.expand(len(window), -1).to(window) for x in inputs
+                next(parts).clone() if windows.is_image(x) else x.expand(len(window), -1).to(window)
+                for x in inputs
             )
             return window_output(self.network(*row), self.head, window.shape[2:])
 
@@ -255,10 +263,9 @@ class StitchedNetwork(nn.Module):
         windows = plan_windows(self.inferer, inputs)
         padded = [windows.pad(x) for x in inputs]
         totals = [torch.zeros_like(x) for x in padded]
-        weighted = windows.pad_with_zeros(cotangent) / windows.total_importance
-        for term in _window_terms(
-            windows, _Contraction(self.network, self.head, len(inputs)), weighted, inputs
-        ):
+        weights = _share_among_windows(windows, cotangent)
+        terms = _window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weights, inputs)
+        for term in progress_bar(terms, "windows", shown=self.progress):
             _, gradients = term.gradient(term.cut(padded))
             term.add(totals, gradients)
         return [windows.unpad(total) if need else None for total, need in zip(totals, needed, strict=True)]
@@ -379,6 +386,41 @@ def _window_terms(
     ]
 
 
+def _share_among_windows(windows: Windows, weights: Tensor) -> Tensor:
+    """Return weights of the image divided by the total importance, on the padded image.
+
+    Raises:
+        InputError: if a weighted voxel has no importance in any window, so that its prediction is undefined.
+    """
+    padded, total = windows.pad_with_zeros(weights), windows.total_importance
+    shared = padded / total
+    if not torch.isfinite(shared).all():
+        if ((padded != 0) & (total == 0)).any():
+            raise InputError(
+                "The region has voxels with zero importance in every window: see the roi_weight_map."
+            )
+        shared = torch.where(padded != 0, shared, 0)
+    return shared
+
+
+def output_channels(
+    network: nn.Module, inferer: SlidingWindowInferer, head: str | int | None, inputs: Tensors
+) -> int:
+    """Return how many channels the network gives, from one window of one sample."""
+    windows = plan_windows(inferer, inputs)
+    counts = []
+
+    class Probe(nn.Module):
+        def forward(self, *arguments: Tensor) -> Tensor:
+            output = window_output(network(*arguments[:-1]), head, windows.size)
+            counts.append(output.shape[1])
+            return output.flatten(1).sum(1)
+
+    probe = WindowTerm(windows, Probe(), windows.places[0], 0, torch.zeros_like(windows.total_importance))
+    probe(probe.cut([windows.pad(x[:1]) for x in inputs]))
+    return counts[0]
+
+
 def window_scoring(
     network: nn.Module,
     inferer: SlidingWindowInferer,
@@ -400,9 +442,6 @@ def window_scoring(
     """
     values = tuple(inputs.values())
     windows = plan_windows(inferer, values)
-    weights = (
-        windows.pad_with_zeros(selection.to(device=windows.device, dtype=windows.dtype))
-        / windows.total_importance
-    )
+    weights = _share_among_windows(windows, selection.to(device=windows.device, dtype=windows.dtype))
     terms = _window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
     return Scoring(inputs, terms, padding=windows, progress=progress)

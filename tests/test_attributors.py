@@ -123,19 +123,31 @@ def test_every_rule_of_refinement_contains_the_nodes_of_the_one_before():
         assert fine[1::2] == pytest.approx(coarse, abs=1e-15)
 
 
+def test_var_grad_does_not_cancel_in_single_precision():
+    class Steep(nn.Module):
+        def forward(self, x):
+            return (100 * x + x.square()).flatten(1).sum(1, keepdim=True)
+
+    method = NoiseTunnel(Saliency(), "vargrad", n_samples=200, stdev_spread=1e-3)
+    x = random_image(1, 1, 8, 8)
+    single, double = (explain(method, Steep(), image).attributions["image"] for image in (x.float(), x))
+    assert float(single.mean()) == pytest.approx(float(4 * (1e-3 * (x.max() - x.min())) ** 2), rel=0.1)
+    assert float(double.mean()) == pytest.approx(float(single.mean()), rel=0.1)
+
+
 def test_smooth_grad_of_a_square_is_the_mean_of_its_gradient_at_the_noisy_points():
     class Square(nn.Module):
         def forward(self, x):
             return x.square().flatten(1).sum(1, keepdim=True)
 
     x = random_image(1, 1, 8, 8)
-    many = explain(NoiseTunnel(Saliency(), n_samples=4000, stdev_spread=0.1), Square(), x).attributions[
+    many = explain(NoiseTunnel(Saliency(), n_samples=2000, stdev_spread=0.1), Square(), x).attributions[
         "image"
     ]
-    torch.testing.assert_close(many, 2 * x, rtol=0, atol=0.1)
+    torch.testing.assert_close(many, 2 * x, rtol=0, atol=0.15)
     spread = 0.1 * (x.max() - x.min())
-    variance = explain(NoiseTunnel(Saliency(), "vargrad", n_samples=4000, stdev_spread=0.1), Square(), x)
-    assert float(variance.attributions["image"].mean()) == pytest.approx(4 * float(spread) ** 2, rel=0.05)
+    variance = explain(NoiseTunnel(Saliency(), "vargrad", n_samples=2000, stdev_spread=0.1), Square(), x)
+    assert float(variance.attributions["image"].mean()) == pytest.approx(4 * float(spread) ** 2, rel=0.08)
 
 
 # --------------------------------------------------------------------------------------------------- against Captum
@@ -415,6 +427,20 @@ def test_guided_backprop_refuses_networks_where_it_would_be_the_gradient(act):
 def test_deep_lift_refuses_modules_without_a_rule_and_names_them(options):
     with pytest.raises(UnsupportedNetworkError, match=r"has no rule for .*first: 'model"):
         explain(DeepLift(), small_unet(**options), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+
+
+def test_deep_lift_refuses_activations_that_are_called_twice_and_says_what_helps():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act, self.second = nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)
+            self.double()
+
+        def forward(self, x):
+            return self.act(self.second(self.act(self.first(x))))
+
+    with pytest.raises(UnsupportedNetworkError, match=r"called once.*IntegratedGradients"):
+        explain(DeepLift(), Twice(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
 
 
 def test_gradients_refuse_a_score_that_does_not_depend_on_the_input():

@@ -17,6 +17,7 @@ from torch import nn
 
 from monai_xai import (
     AttributionError,
+    AttributionHandler,
     Blur,
     Box,
     ClassScore,
@@ -26,15 +27,21 @@ from monai_xai import (
     Explainer,
     Explanation,
     FeatureAblation,
+    FunctionTarget,
+    GradCam,
     InputError,
     IntegratedGradients,
+    Labeled,
     Noise,
+    NoiseTunnel,
     OutputScore,
     Predicted,
     RegionScore,
     Saliency,
+    Samples,
     UnsupportedNetworkError,
 )
+from monai_xai.baselines import draw_baselines
 
 BOX = Box((3, 2), (14, 9))
 
@@ -289,3 +296,192 @@ def test_contributions_are_signed_sums_and_refused_where_they_mean_nothing():
     torch.testing.assert_close(explanation.contributions()["image"], expected)
     with pytest.raises(InputError, match="must not be added up"):
         Explainer(OutputScore(), Saliency())(network, x).contributions()
+
+
+# ---------------------------------------------------------------------------------- what a first review brought up
+
+
+def test_labeled_regions_know_how_many_channels_the_network_has():
+    torch.manual_seed(0)
+    network, x = nn.Conv2d(1, 3, 3, padding=1).double(), random_image(1, 1, 16, 16)
+    label = torch.randint(0, 3, (1, 1, 16, 16), generator=torch.Generator().manual_seed(0))
+    inferer = SlidingWindowInferer(8, overlap=0.5)
+    explanation = Explainer(RegionScore(2, Labeled()), Saliency(), inferer)(network, x, label=label)
+    with torch.no_grad():
+        expected = inferer(x, network)[:, 2][label[:, 0] == 2].mean()
+    assert float(explanation.score) == pytest.approx(float(expected))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = small_unet(), small_unet(norm="INSTANCE")
+
+    def forward(self, x):
+        return {"a": self.a(x), "b": self.b(x)}
+
+
+@pytest.mark.parametrize("inferer", [None, SlidingWindowInferer(12, overlap=0.5)], ids=["whole", "windows"])
+def test_targets_of_different_heads_are_not_mixed_up(inferer):
+    network, x = TwoHeads(), random_image(1, 2, 16, 16)
+
+    def soft(output):
+        return output.softmax(1)[:, 1].mean((1, 2))
+
+    targets = {
+        "a": RegionScore(1, head="a"),
+        "b": RegionScore(1, head="b"),
+        "soft": FunctionTarget(soft, selector=lambda o, label: (), head="b"),
+    }
+    together = Explainer(targets, Saliency(), inferer)(network, x)
+    for name, target in targets.items():
+        alone = Explainer(target, Saliency(), inferer)(network, x)
+        torch.testing.assert_close(together[name].score, alone.score)
+    assert not torch.allclose(together["a"].score, together["b"].score)
+    with pytest.raises(InputError, match="is one tensor"):
+        Explainer(RegionScore(1, head="a"), Saliency(), inferer)(network.a, x)
+
+
+class InPlaceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x):
+        return self.body(torch.relu_(x))
+
+
+@pytest.mark.parametrize(
+    "attributor", [Saliency(), FeatureAblation(), IntegratedGradients(3, 0.0), GradCam()], ids=str
+)
+@pytest.mark.parametrize("inferer", [None, SlidingWindowInferer(12)], ids=["whole", "windows"])
+@pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
+def test_a_network_that_works_in_place_on_its_input_spoils_nothing(attributor, inferer):
+    network, x = InPlaceFirst(), random_image(1, 2, 16, 16)
+    for target in (RegionScore(1, BOX), RegionScore(1)):
+        kept = x.clone()
+        Explainer(target, attributor, inferer)(network, x)
+        assert torch.equal(x, kept)
+
+
+def test_voxels_that_no_window_weights_do_not_spoil_the_others():
+    network, x = small_unet(), random_image(1, 2, 24, 24)
+    inferer = SlidingWindowInferer(12, overlap=0.0)
+    inferer.roi_weight_map = torch.ones(12, 12, dtype=torch.float64)
+    inferer.roi_weight_map[0] = 0
+    explanation = Explainer(RegionScore(1, Box((1, 0), (12, 12))), Saliency(), inferer)(network, x)
+    assert torch.isfinite(explanation.attributions["image"]).all()
+    with pytest.raises(InputError, match="zero importance in every window"):
+        Explainer(RegionScore(1, Box((0, 0), (12, 12))), Saliency(), inferer)(network, x)
+
+
+def test_a_sample_is_refined_independently_of_its_batch():
+    network, x = small_unet(), random_image(3, 2, 16, 16)
+    explainer = Explainer(RegionScore(1, BOX), IntegratedGradients(tolerance=0.002, baseline=Noise()))
+    together = explainer(network, x)
+    for i in range(3):
+        alone = explainer(network, x[i : i + 1])
+        torch.testing.assert_close(
+            together.attributions["image"][i], alone.attributions["image"][0], rtol=0, atol=1e-12
+        )
+
+
+def test_the_noise_of_two_inputs_is_independent_and_that_of_a_sample_is_its_own():
+    inputs = {"ct": random_image(2, 1, 32, 32), "pet": random_image(2, 1, 32, 32)}
+    ct, pet = draw_baselines(Noise(), inputs)[0]
+    assert abs(float(torch.corrcoef(torch.stack([ct[0].flatten(), pet[0].flatten()]))[0, 1])) < 0.1
+    torch.testing.assert_close(Noise().draws(inputs["ct"])[0][1:], Noise().draws(inputs["ct"][1:])[0])
+
+
+def test_a_scripted_network_keeps_its_training_flags():
+    network = torch.jit.script(
+        nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)).double()
+    ).train()
+    Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
+    assert all(module.training for module in network.modules())
+
+
+def test_passes_of_all_baselines_are_counted():
+    network, calls = small_unet(), []
+    method = IntegratedGradients(4, Samples(random_image(5, 2, 16, 16)))
+    network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    explanation = Explainer(RegionScore(1, BOX), method, tolerated_gap=100.0)(
+        network, random_image(1, 2, 16, 16)
+    )
+    assert explanation.facts["passes"] == 20 == sum(calls)
+
+
+def test_a_score_that_does_not_change_has_no_gap():
+    ones = torch.ones(1, 2, 16, 16, dtype=torch.float64)
+    explanation = Explainer(RegionScore(1, BOX), IntegratedGradients(baseline=1.0))(small_unet(), ones)
+    assert float(explanation.gap) == 0
+
+
+def test_a_baseline_may_be_a_scan():
+    scan = MetaTensor(random_image(1, 2, 16, 16))
+    explainer = Explainer(RegionScore(1, BOX), IntegratedGradients(4, baseline=scan), tolerated_gap=100.0)
+    assert type(explainer(small_unet(), random_image(1, 2, 16, 16)).attributions["image"]) is torch.Tensor
+    assert "tensor of shape (1, 2, 16, 16)" in explainer(small_unet(), random_image(1, 2, 16, 16)).method
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RegionScore(1, reduction="avg"), "choose 'mean' or 'sum'"),
+        (lambda: RegionScore(1, "predicted"), "A region such as"),
+        (lambda: RegionScore("1"), "whole number"),
+        (lambda: Explainer(RegionScore(1), Saliency(), 16), "MONAI inferer object"),
+        (lambda: Explainer(RegionScore(1), Saliency(), SlidingWindowInferer), "MONAI inferer object"),
+        (lambda: Explainer({}, Saliency()), "names no target"),
+        (lambda: IntegratedGradients(baseline="blur"), "A baseline such as"),
+        (lambda: IntegratedGradients(baseline=None), "A baseline such as"),
+        (lambda: Blur(0), "must be positive"),
+        (lambda: Samples(torch.zeros(0, 2, 4, 4)), "K at least 1"),
+        (lambda: FeatureAblation(16), "Features such as"),
+        (lambda: GradCam(1), "dotted name"),
+        (lambda: NoiseTunnel(Saliency), "needs an attributor"),
+        (lambda: AttributionHandler(Saliency()), "needs an Explainer"),
+        (lambda: AttributionHandler(Explainer(RegionScore(1), Saliency()), None), "needs a number"),
+    ],
+)
+def test_configuration_is_checked_where_it_is_made(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e, n: e(n, np.zeros((1, 2, 16, 16))), "got ndarray"),
+        (lambda e, n: e(n, [random_image(1, 2, 16, 16)]), "got list"),
+        (lambda e, n: e(n, random_image(1, 2, 16, 16), label=[1]), "label must be a tensor"),
+        (
+            lambda e, n: e(n, random_image(1, 2, 16, 16), prediction=random_image(3, 2, 16, 16)),
+            "batch size 3",
+        ),
+        (
+            lambda e, n: e(
+                n, MetaTensor(random_image(1, 2, 8, 8, 8), affine=torch.full((4, 4), float("nan")))
+            ),
+            "singular",
+        ),
+    ],
+    ids=["array", "list", "label", "prediction", "affine"],
+)
+def test_what_a_call_gets_is_checked(call, message):
+    with pytest.raises(InputError, match=message):
+        call(Explainer(RegionScore(1), Saliency()), small_unet())
+
+
+def test_a_diverged_network_is_named():
+    network = small_unet()
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    with pytest.raises(AttributionError, match="not finite"):
+        Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
+
+
+def test_a_small_spacing_is_no_singular_affine():
+    affine = torch.diag(torch.tensor([1e-5, 1e-5, 1e-5, 1.0], dtype=torch.float64))
+    x = MetaTensor(random_image(1, 1, 4, 4, 4), affine=affine)
+    Explainer(OutputScore(), Saliency())(LinearImage((1, 4, 4, 4)), x)

@@ -474,11 +474,26 @@ def test_animation_colors_the_lesion_in_its_slices_only() -> None:
     moving = animate(shown, frames=100)
     first, last = shown.box[2].start, shown.box[2].stop
     assert len(moving.frames) == last - first
-    for index, frame in zip(range(first, last), moving.frames, strict=True):
+    for index, frame in zip([*range(10, last), *range(first, 10)], moving.frames, strict=True):
         colors = moving.palette[frame][40:-30, :-70].astype(int)
         red = (colors[..., 0] - colors[..., 2] > 60).any()
         blue = (colors[..., 2] - colors[..., 0] > 60).any()
         assert red == blue == (9 <= index < 12)
+
+
+@pytest.mark.parametrize("affine", [None, RAS], ids=["by-number", "in-the-body"])
+def test_animation_begins_at_the_strongest_slice_even_if_its_neighbors_are_skipped(
+    affine: NDArray[np.float64] | None,
+) -> None:
+    shown = scene(prediction=None, label=None, affine=affine)
+    whole = animate(shown, frames=100)
+    for frames in range(1, len(whole.frames)):
+        few = animate(shown, frames)
+        assert len(few.frames) == frames
+        np.testing.assert_array_equal(few.frames[0], whole.frames[0])
+        assert len(np.unique(few.frames, axis=0)) == frames
+    colors = whole.palette[whole.frames[0]][40:-30, :-70].astype(int)
+    assert (colors[..., 0] - colors[..., 2] > 60).any()
 
 
 def test_animation_of_a_large_volume_stays_small() -> None:

@@ -62,17 +62,17 @@ class Recorder:
     """Keep what was explained."""
 
     def __init__(self):
-        self.batches = []
+        self.explained = []
 
     def attach(self, engine):
         register_events(engine)
         engine.add_event_handler(
-            AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: self.batches.append(e.state.explained)
+            AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: self.explained.append(e.state.explained)
         )
 
     @property
     def cases(self):
-        return [batch.cases[i] for batch in self.batches for i in batch.due]
+        return [case.name for case in self.explained]
 
 
 def explained_cases(choice, **options):
@@ -97,6 +97,8 @@ def test_the_worst_cases_by_a_metric_are_all_among_the_explained():
     order = iter(values)
     found = explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]])))
     assert found == ["case-0", "case-1", "case-2", "case-3"]
+    healthy = WorstCases(1, lambda prediction, label: torch.full((1,), float("nan")))
+    assert explained_cases(healthy) == []
     order = iter([3, 1, 0, 2])
     assert explained_cases(WorstCases(2, lambda prediction, label: torch.tensor([values[next(order)]]))) == [
         "case-0",
@@ -118,14 +120,21 @@ def test_an_evaluator_inside_training_explains_every_interval_th_epoch():
     network, recorder = small_unet(), Recorder()
     validator = evaluator([AttributionHandler(EXPLAINER, 1, interval=2), recorder], network=network)
     trainer(network, [ValidationHandler(1, validator=validator)], epochs=4).run()
-    assert [batch.epoch for batch in recorder.batches] == [2, 4]
+    assert [case.epoch for case in recorder.explained] == [2, 4]
+
+
+def test_the_epochs_may_be_listed():
+    network, recorder = small_unet(), Recorder()
+    validator = evaluator([AttributionHandler(EXPLAINER, 1, interval=[1, 3]), recorder], network=network)
+    trainer(network, [ValidationHandler(1, validator=validator)], epochs=4).run()
+    assert [case.epoch for case in recorder.explained] == [1, 3]
 
 
 def test_attaching_twice_explains_once():
     recorder, handler = Recorder(), AttributionHandler(EXPLAINER)
     engine = evaluator([handler, handler, recorder])
     engine.run()
-    assert len(recorder.batches) == 1
+    assert len(recorder.explained) == 1
 
 
 def test_a_plain_ignite_engine_needs_a_batch_it_can_read(caplog):
@@ -145,30 +154,13 @@ def test_maps_are_in_the_output_before_decollation_and_pass_through_post_process
     post = Compose([FlattenAttributionsd()])
     engine = evaluator([AttributionHandler(EXPLAINER, [1])], postprocessing=post)
     found = []
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: found.extend(e.state.output))
-    engine.run()
-    assert ["attribution_image" in item for item in found] == [False, True, False, False]
-    item = found[1]
-    assert item["attribution_image"].shape == item["image"].shape
-    expected = EXPLAINER(small_unet(), cases()[1]["image"].as_tensor()[None]).attributions["image"]
-    torch.testing.assert_close(item["attribution_image"].as_tensor(), expected[0])
-    assert item["attribution_image"].meta["filename_or_obj"] == "scans/case-1.nii.gz"
-
-
-def test_several_explainers_are_kept_apart_by_name():
-    explainers = {
-        "gradient": EXPLAINER,
-        "both": Explainer({"a": TARGET, "b": MarginScore(1, 0, TARGET.region)}, Saliency()),
-    }
-    recorder = Recorder()
-    engine = evaluator([AttributionHandler(explainers, 1), recorder], data=cases(1))
     engine.add_event_handler(
-        AttributionEvents.ATTRIBUTION_COMPLETED, lambda e: keys.extend(e.state.output["attribution"])
+        Events.ITERATION_COMPLETED, lambda e: keys.extend(e.state.output[0]["attribution"])
     )
     keys: list[str] = []
     engine.run()
     assert keys == ["gradient_image", "both_a_image", "both_b_image"]
-    assert list(recorder.batches[0].explanations) == ["gradient", "both_a", "both_b"]
+    assert list(recorder.explained[0].explanations) == ["gradient", "both_a", "both_b"]
     assert decollate_batch({"attribution": {"gradient_image": torch.zeros(2, 3)}})[1]["attribution"][
         "gradient_image"
     ].shape == (3,)
@@ -183,7 +175,7 @@ def test_the_engines_own_inferer_and_prediction_are_explained():
     )
     network.register_forward_hook(lambda *_: calls.append(1))
     engine.run()
-    explanation = next(iter(recorder.batches[0].explanations.values()))
+    explanation = next(iter(recorder.explained[0].explanations.values()))
     assert explanation.facts["windows"] == 9
     assert len(calls) == 9 + explanation.facts["active_windows"]
 
@@ -202,7 +194,7 @@ def test_extra_inputs_of_prepare_batch_are_explained_by_name():
         engine.network.body = small_unet(channels=2)
     engine.network.forward = lambda image, vector: ImageAndVector.forward(engine.network, image, vector)
     engine.run()
-    explanation = next(iter(recorder.batches[0].explanations.values()))
+    explanation = next(iter(recorder.explained[0].explanations.values()))
     assert explanation.attributions["clinical"].shape == (1, 3)
 
 
@@ -213,9 +205,9 @@ def test_a_half_precision_prediction_gives_the_region_and_single_precision_the_m
     )
     engine.inferer = HalfPrecision()
     engine.run()
-    explanation = next(iter(recorder.batches[0].explanations.values()))
+    explanation = next(iter(recorder.explained[0].explanations.values()))
     assert explanation.attributions["image"].dtype == torch.float64
-    assert recorder.batches[0].prediction.dtype == torch.bfloat16
+    assert recorder.explained[0].prediction.dtype == torch.bfloat16
 
 
 class HalfPrecision(SimpleInferer):
@@ -239,7 +231,7 @@ def test_a_failing_explanation_is_logged_with_its_case_and_the_loop_goes_on(capl
     assert handler.failures == 2
     assert "case case-0, Saliency" in caplog.text
     assert "needs at least 8 output channels" in caplog.text
-    assert [list(batch.explanations) for batch in recorder.batches] == [["fine"], ["fine"]]
+    assert [list(case.explanations) for case in recorder.explained] == [["fine"], ["fine"]]
 
 
 def test_a_failing_explanation_ends_the_loop_when_asked():
@@ -258,6 +250,42 @@ def test_an_interruption_is_never_swallowed():
         engine.run()
     assert all(module.training for module in network.modules())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+class Threshold(torch.nn.Module):
+    """Predicts class 1 where the first channel is above zero."""
+
+    def forward(self, x):
+        return torch.cat([torch.zeros_like(x[:, :1]), x[:, :1]], 1)
+
+
+def test_a_case_without_lesion_takes_nothing_from_its_neighbors(caplog):
+    data = [
+        {"image": sign * random_image(2, 8, 8).abs() - 1e-9, "case_id": str(sign)}
+        for sign in (-1.0, 1.0, 2.0)
+    ]
+    recorder, found = Recorder(), []
+    handler = AttributionHandler(Explainer(RegionScore(1), Saliency()), 2)
+    options = {"data": Dataset(data), "network": Threshold(), "batch_size": 3}
+    engine = evaluator([handler, recorder], postprocessing=FlattenAttributionsd(), **options)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: found.extend(e.state.output))
+    engine.run()
+    assert recorder.cases == ["1.0"]
+    assert ["attribution_image" in item for item in found] == [False, True, False]
+    assert handler.failures == 1
+    assert "case -1.0" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_another_network_is_explained_by_its_own_prediction():
+    other = small_unet()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1)
+    recorder, explainer = Recorder(), Explainer(RegionScore(1), Saliency())
+    evaluator([AttributionHandler(explainer, network=other), recorder], data=cases(1)).run()
+    expected = explainer(other, cases()[0]["image"][None].as_tensor())
+    torch.testing.assert_close(recorder.explained[0].explanations["Saliency"].score, expected.score)
 
 
 @pytest.mark.parametrize("options", [{"on_error": "ignore"}, {"interval": 0}])
@@ -315,7 +343,7 @@ def test_training_with_and_without_handlers_is_bit_identical():
     explained = trained_state(
         [AttributionHandler(explainers, 2), recorder], [AttributionHandler(explainers, 2), recorder]
     )
-    assert len(recorder.batches) > 4
+    assert len(recorder.explained) > 4
     for name, value in plain.items():
         torch.testing.assert_close(
             explained[name], value, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}"

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from monai_xai import AttributionHandler, Explainer, Labeled, RegionScore, Saliency
 from monai_xai.errors import InputError
 from monai_xai.explanation import Explanation
-from monai_xai.handlers import AttributionEvents, ExplainedBatch, register_events
+from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
 from monai_xai.tensorboard import TensorBoardAttributionHandler, affine_of, contributions_of, scene_of
 
 SHAPE = (12, 14, 10)
@@ -35,16 +35,15 @@ AFFINE = torch.diag(torch.tensor([-1.0, 1.0, 2.0, 1.0], dtype=torch.float64))
 
 
 def explanation(**changes: Any) -> Explanation:
-    """Return the explanation of two samples with a scan of two sequences and a vector."""
-    maps = torch.zeros(2, 2, *SHAPE)
-    maps[:, 0, 3:6, 4:7, 5:8] = 0.1
-    maps[:, 1, 3:6, 4:7, 5:8] = -0.025
-    maps[1] *= 2
+    """Return the explanation of a case with a scan of two sequences and a vector."""
+    maps = torch.zeros(1, 2, *SHAPE)
+    maps[:, 0, 3:6, 4:7, 5:8] = 0.2
+    maps[:, 1, 3:6, 4:7, 5:8] = -0.05
     values = {
-        "attributions": {"image": maps, "clinical": torch.tensor([[0.5, -0.25, 0.0], [1.0, 0.0, 1.0]])},
-        "score": torch.tensor([3.0, 4.0]),
-        "baseline_score": torch.tensor([0.5, -2.0]),
-        "delta": torch.tensor([0.01, 0.02]),
+        "attributions": {"image": maps, "clinical": torch.tensor([[1.0, 0.0, 1.0]])},
+        "score": torch.tensor([4.0]),
+        "baseline_score": torch.tensor([-2.0]),
+        "delta": torch.tensor([0.02]),
         "seconds": 1.5,
         "method": "IntegratedGradients(n_steps=8)",
         "target": "RegionScore(channel=1)",
@@ -56,34 +55,33 @@ def explanation(**changes: Any) -> Explanation:
     return Explanation(**(values | changes))
 
 
-def explained(epoch: int = 3, **changes: Any) -> ExplainedBatch:
-    """Return a batch of two samples of which the second is due."""
-    label = torch.zeros(2, 1, *SHAPE)
+def explained(epoch: int = 3, **changes: Any) -> ExplainedCase:
+    """Return what was found for one case."""
+    label = torch.zeros(1, 1, *SHAPE)
     label[:, :, 3:6, 4:7, 5:8] = 1
     values = {
+        "name": "patient26",
         "explanations": {"ig": explanation()},
-        "inputs": {"image": torch.rand(2, 2, *SHAPE), "clinical": torch.rand(2, 3)},
+        "inputs": {"image": torch.rand(1, 2, *SHAPE), "clinical": torch.rand(1, 3)},
         "prediction": torch.cat([1 - label, label], 1),
         "label": label,
-        "cases": ("patient19", "patient26"),
-        "due": (1,),
         "epoch": epoch,
     }
-    return ExplainedBatch(**(values | changes))
+    return ExplainedCase(**(values | changes))
 
 
-def fire(handler: TensorBoardAttributionHandler, *batches: ExplainedBatch) -> None:
-    """Run a real engine that explains one batch per iteration."""
+def fire(handler: TensorBoardAttributionHandler, *cases: ExplainedCase) -> None:
+    """Run a real engine that explains one case per iteration."""
 
-    def explain(engine: Engine, batch: ExplainedBatch) -> None:
-        engine.state.explained = batch
+    def explain(engine: Engine, case: ExplainedCase) -> None:
+        engine.state.explained = case
         engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
 
     engine = Engine(explain)
     register_events(engine)
     handler.attach(engine)
     handler.attach(engine)
-    engine.run(list(batches))
+    engine.run(list(cases))
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -91,9 +89,9 @@ def read(folder: Path) -> EventAccumulator:
     return events.Reload()
 
 
-def write(folder: Path, *batches: ExplainedBatch, **options: Any) -> EventAccumulator:
+def write(folder: Path, *cases: ExplainedCase, **options: Any) -> EventAccumulator:
     handler = TensorBoardAttributionHandler(str(folder), on_error="raise", **options)
-    fire(handler, *batches)
+    fire(handler, *cases)
     handler.close()
     return read(folder)
 
@@ -123,13 +121,12 @@ def test_animation_has_frames_in_color(tmp_path: Path) -> None:
     (event,) = write(tmp_path, explained()).Images("ig/patient26/image/animation")
     gif = Image.open(BytesIO(event.encoded_image_string))
     assert gif.n_frames == SHAPE[2]
-    gif.seek(6)
     colors = np.asarray(gif.convert("RGB")).astype(int)[40:-30, :-70]
     assert (colors[..., 0] - colors[..., 2] > 60).any()
 
 
 def test_scalars_equal_the_numbers_over_epochs(tmp_path: Path) -> None:
-    later = replace(explained(epoch=5), explanations={"ig": explanation(score=torch.tensor([0.0, 9.0]))})
+    later = replace(explained(epoch=5), explanations={"ig": explanation(score=torch.tensor([9.0]))})
     events = write(tmp_path, explained(), later, **PLANES_ONLY)
     expected = {
         "score": [4.0, 9.0],
@@ -151,13 +148,13 @@ def test_scalars_equal_the_numbers_over_epochs(tmp_path: Path) -> None:
 
 
 def test_all_modalities_of_a_case_share_a_chart(tmp_path: Path) -> None:
-    first = explained(due=(0,))
-    events = write(tmp_path, first, explained(), **PLANES_ONLY)
+    cases = ("patient19", "patient26")
+    events = write(tmp_path, *(explained(name=case) for case in cases), **PLANES_ONLY)
     layout = Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     (category,) = layout.category
     charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
-    assert list(charts) == [f"{case}: {kind}" for case in first.cases for kind in ("contribution", "share")]
+    assert list(charts) == [f"{case}: {kind}" for case in cases for kind in ("contribution", "share")]
     assert charts["patient26: share"][0] == "^attribution/ig/patient26/share/FLAIR$"
 
 
@@ -167,7 +164,7 @@ def test_only_what_adds_up_is_added_up(tmp_path: Path) -> None:
     assert "saliency/patient26/modalities" not in events.Tags()["images"]
     names = {tag.rsplit("/", 1)[1] for tag in events.Tags()["scalars"]}
     assert names == {"score", "seconds"}
-    assert contributions_of(sums, 0) == {}
+    assert contributions_of(sums) == {}
 
 
 def test_pictures_can_be_left_out(tmp_path: Path) -> None:
@@ -176,20 +173,20 @@ def test_pictures_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_image_of_two_dimensions_has_no_slices(tmp_path: Path) -> None:
-    flat = explanation(attributions={"image": torch.rand(2, 2, 20, 30)})
-    batch = explained(
+    flat = explanation(attributions={"image": torch.rand(1, 2, 20, 30)})
+    case = explained(
         explanations={"ig": flat},
-        inputs={"image": torch.rand(2, 2, 20, 30)},
-        prediction=torch.rand(2, 5),
+        inputs={"image": torch.rand(1, 2, 20, 30)},
+        prediction=torch.rand(1, 5),
         label=None,
     )
-    events = write(tmp_path, batch)
+    events = write(tmp_path, case)
     assert set(events.Tags()["images"]) == {"ig/patient26/image/planes", "ig/patient26/modalities"}
 
 
 def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:
-    batch = explained(cases=("a", "site 1/patient:{2}"), explanations={"a/b": explanation()})
-    events = write(tmp_path, batch, **PLANES_ONLY)
+    case = explained(name="site 1/patient:{2}", explanations={"a/b": explanation()})
+    events = write(tmp_path, case, **PLANES_ONLY)
     assert "a_b/site_1_patient_2/image/planes" in events.Tags()["images"]
     assert "attribution/a_b/site_1_patient_2/score" in events.Tags()["scalars"]
 
@@ -200,7 +197,7 @@ def test_equal_channel_names_of_two_inputs_are_told_apart() -> None:
         attributions={"before": maps, "after": 2 * maps, "pet": maps[:, :1]},
         channels={"before": ("T1", "T2"), "after": ("T1", "FLAIR")},
     )
-    assert contributions_of(two, 0) == {
+    assert contributions_of(two) == {
         "before T1": 9.0,
         "T2": 9.0,
         "after T1": 18.0,
@@ -223,67 +220,66 @@ def test_outlines_follow_the_kind_of_output() -> None:
     logits[0, 1, :2] = 1.0
     logits[0, 2, 0] = 2.0
     maps = explanation(attributions={"image": torch.rand(1, 1, 4, 4)}, channels={})
-    batch = explained(
+    case = explained(
+        name="x",
         explanations={"ig": maps},
         inputs={"image": torch.rand(1, 1, 4, 4)},
-        cases=("x",),
-        due=(0,),
         prediction=logits,
         label=torch.nn.functional.one_hot(logits.argmax(1), 3).moveaxis(-1, 1),
     )
-    classes = scene_of(batch, "ig", "image", 0, multilabel=False)
+    classes = scene_of(case, "ig", "image", multilabel=False)
     assert (voxels(classes.prediction), voxels(classes.label)) == (8, 8)
-    overlapping = replace(batch, prediction=logits[:, 1:], label=logits[:, 1:] > 0)
-    both = scene_of(overlapping, "ig", "image", 0, multilabel=True)
+    overlapping = replace(case, prediction=logits[:, 1:], label=logits[:, 1:] > 0)
+    both = scene_of(overlapping, "ig", "image", multilabel=True)
     assert (voxels(both.prediction), voxels(both.label)) == (8, 8)
-    single = replace(batch, prediction=logits[:, 2:], label=(logits[:, 2:] > 0).float())
-    one = scene_of(single, "ig", "image", 0, multilabel=False)
+    single = replace(case, prediction=logits[:, 2:], label=(logits[:, 2:] > 0).float())
+    one = scene_of(single, "ig", "image", multilabel=False)
     assert (voxels(one.prediction), voxels(one.label)) == (4, 4)
-    elsewhere = replace(batch, prediction=torch.rand(1, 2, 9, 9), label=torch.tensor([3]))
-    none = scene_of(elsewhere, "ig", "image", 0, multilabel=False)
+    elsewhere = replace(case, prediction=torch.rand(1, 2, 9, 9), label=torch.tensor([3]))
+    none = scene_of(elsewhere, "ig", "image", multilabel=False)
     assert none.prediction is None
     assert none.label is None
 
 
-def test_each_sample_of_a_batch_has_its_own_affine() -> None:
+def test_each_case_of_a_batch_has_its_own_affine() -> None:
     other = AFFINE.clone()
     other[0, 3] = 12.0
     batch = list_data_collate(
         [{"image": MetaTensor(torch.zeros(1, 3, 3, 3), affine=a)} for a in (AFFINE, other)]
     )
-    for sample, affine in enumerate((AFFINE, other)):
-        np.testing.assert_array_equal(affine_of(batch["image"], sample), affine)
+    for row, affine in enumerate((AFFINE, other)):
+        np.testing.assert_array_equal(affine_of(batch["image"][row : row + 1]), affine)
 
 
 def test_an_array_without_a_header_lies_nowhere() -> None:
-    assert affine_of(torch.zeros(1, 1, 3, 3, 3), 0) is None
+    assert affine_of(torch.zeros(1, 1, 3, 3, 3)) is None
     image = MetaTensor(torch.zeros(1, 1, 3, 3, 3))
-    assert affine_of(image, 0) is None
+    assert affine_of(image) is None
     image.meta["original_affine"] = torch.eye(4)
     image.affine = AFFINE
-    assert affine_of(image, 0) is None
+    assert affine_of(image) is None
 
 
 def test_a_scan_along_the_axes_of_the_body_at_one_millimeter_is_known() -> None:
     affine = torch.eye(4, dtype=torch.float64)
     affine[:3, 3] = torch.tensor([-90.0, -126.0, -72.0])
     image = MetaTensor(torch.zeros(1, 1, 3, 3, 3), affine=affine)
-    np.testing.assert_array_equal(affine_of(image, 0), affine)
+    np.testing.assert_array_equal(affine_of(image), affine)
     image.meta["original_affine"] = affine
-    np.testing.assert_array_equal(affine_of(image, 0), affine)
+    np.testing.assert_array_equal(affine_of(image), affine)
 
 
 def test_a_crop_of_an_array_without_a_header_lies_nowhere() -> None:
     crop = SpatialCrop(roi_start=(1, 1, 1), roi_end=(4, 4, 4))(MetaTensor(torch.zeros(1, 5, 5, 5)))
     batch = list_data_collate([{"image": crop}, {"image": crop}])["image"]
     assert batch.affine[1, 0, 3] == 1
-    assert affine_of(batch, 1) is None
+    assert affine_of(batch[1:]) is None
 
 
 def test_affine_to_the_left_and_back_is_turned() -> None:
     image = MetaTensor(torch.zeros(1, 1, 3, 3, 3), affine=AFFINE)
     image.meta["space"] = "LPS"
-    np.testing.assert_array_equal(affine_of(image, 0), np.diag([1.0, -1.0, 2.0, 1.0]))
+    np.testing.assert_array_equal(affine_of(image), np.diag([1.0, -1.0, 2.0, 1.0]))
 
 
 # ---- as a handler
@@ -292,7 +288,7 @@ def test_affine_to_the_left_and_back_is_turned() -> None:
 def test_failures_are_logged_with_their_case_and_others_are_drawn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wrong = explanation(attributions={"image": torch.rand(2, 2, 3, 3, 3)})
+    wrong = explanation(attributions={"image": torch.rand(1, 2, 3, 3, 3)})
     handler = TensorBoardAttributionHandler(str(tmp_path), **PLANES_ONLY)
     with caplog.at_level(logging.WARNING):
         fire(handler, explained(explanations={"wrong": wrong, "ig": explanation()}))
@@ -303,7 +299,7 @@ def test_failures_are_logged_with_their_case_and_others_are_drawn(
 
 
 def test_failures_are_handed_on_when_asked(tmp_path: Path) -> None:
-    wrong = explanation(attributions={"image": torch.rand(2, 2, 3, 3, 3)})
+    wrong = explanation(attributions={"image": torch.rand(1, 2, 3, 3, 3)})
     with pytest.raises(InputError, match="maps"):
         write(tmp_path, explained(explanations={"wrong": wrong}))
     with pytest.raises(InputError, match="'log' or 'raise'"):
@@ -323,10 +319,10 @@ def test_a_shared_writer_stays_open(tmp_path: Path) -> None:
 
 
 def test_drawing_draws_no_random_numbers(tmp_path: Path) -> None:
-    batch = explained()
+    case = explained()
     handler = TensorBoardAttributionHandler(str(tmp_path), on_error="raise")
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
-    fire(handler, batch)
+    fire(handler, case)
     handler.close()
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # type: ignore[index]

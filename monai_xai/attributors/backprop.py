@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import captum.attr
+import torch
 from torch import Tensor
 
 from monai_xai.attributors.base import (
@@ -17,6 +20,7 @@ from monai_xai.attributors.base import (
     refuse_repeated_calls,
 )
 from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
 from monai_xai.networks import require_relu, require_rescale_rules
 
@@ -53,13 +57,9 @@ class DeepLift(BaselineAttributor):
 
     def _propagate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
         def attribute(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
-            method = captum.attr.DeepLift(term.function)
-            return _call(
-                method,
-                _contiguous(inputs),
-                baselines=_contiguous(start),
-                additional_forward_args=term.selection(),
-            )
+            method, starts = captum.attr.DeepLift(term.function), _contiguous(start)
+            with _reuse_named(self.name):
+                return _call(method, inputs, baselines=starts, additional_forward_args=term.selection())
 
         maps = scoring.accumulate(self.name, attribute, scoring.values, baseline)
         return Attribution(
@@ -91,13 +91,29 @@ class GuidedBackprop(Attributor):
         return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.score())
 
 
+@contextmanager
+def _reuse_named(method: str) -> Iterator[None]:
+    """Say what helps where Captum finds that an activation module is called more than once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "used more than once" not in str(error):
+            raise
+        raise UnsupportedNetworkError(
+            f"{method} needs every activation module to be called once for a prediction, and this network calls one "
+            f"again (as MONAI's ResNet, SegResNet and DynUNet do): {error} Use IntegratedGradients()."
+        ) from error
+
+
 def _call(method: captum.attr.GradientAttribution, inputs: Tensors, **options: Tensors) -> Tensors:
     """Call Captum without its notices that it sets hooks and gradients, which are taken off again here."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*(Setting forward, backward hooks|Setting backward hooks|required_grads).*"
         )
-        maps: tuple[Tensor, ...] = method.attribute(tuple(x.detach().clone() for x in inputs), **options)
+        maps: tuple[Tensor, ...] = method.attribute(
+            tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs), **options
+        )
     return tuple(values.detach() for values in maps)
 
 

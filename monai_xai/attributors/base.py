@@ -92,7 +92,7 @@ def refuse_repeated_calls(attributor: Attributor, scoring: Scoring) -> None:
 
 
 def average(parts: Sequence[Attribution]) -> Attribution:
-    """Return the mean over several baselines; facts that are numbers are averaged too."""
+    """Return the mean over several baselines; their passes are summed."""
     if len(parts) == 1:
         return parts[0]
 
@@ -104,5 +104,9 @@ def average(parts: Sequence[Attribution]) -> Attribution:
         first,
         maps={name: mean([part.maps[name] for part in parts]) for name in first.maps},
         baseline_score=mean(baselines) if baselines else None,
-        facts={**first.facts, "baselines": len(parts)},
+        facts={
+            **first.facts,
+            "passes": sum(float(part.facts.get("passes", 1)) for part in parts),
+            "baselines": len(parts),
+        },
     )

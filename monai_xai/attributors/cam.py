@@ -34,6 +34,10 @@ class ClassActivationAttributor(Attributor):
 
     layer: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str | None):
+            raise InputError(f"{self.name}(layer=...) needs the dotted name of a layer, got {self.layer!r}.")
+
     linear: ClassVar[bool] = False
     needs_layer: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
@@ -49,14 +53,14 @@ class ClassActivationAttributor(Attributor):
         for term, (inputs,) in scoring.parts(self.name, scoring.values):
             score, cam = self._term_map(term, inputs, layer)
             scores.append(score)
-            term.add([total], [cam * term.blending()])
+            term.add([total], [cam.to(total) * term.blending()])
         return Attribution(
             {name: scoring.padding.crop(total)}, scoring.sum_scores(scores), facts={"layer": layer}
         )
 
     def _choose(self, scoring: Scoring) -> str:
         term, (inputs,) = next(scoring.parts(self.name, scoring.values))
-        return choose_layer(term.network, inputs)
+        return choose_layer(term.network, [x.clone() for x in inputs])
 
     def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
         """Return the score of one term and its map, shape (n, 1, *part)."""
@@ -135,7 +139,7 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
     handle = find_layer(term.network, layer).register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            score = term.function(*inputs, *term.selection())
+            score = term.function(*(x.clone() for x in inputs), *term.selection())
     finally:
         handle.remove()
     if not outputs or not score.requires_grad:

@@ -131,6 +131,8 @@ class NoiseTunnel(Attributor):
 
     def __post_init__(self) -> None:
         _require_samples(self, self.n_samples)
+        if not isinstance(self.attributor, Attributor):
+            raise InputError(f"NoiseTunnel needs an attributor such as Saliency(), got {self.attributor!r}.")
         if self.kind not in ("smoothgrad", "smoothgrad_sq", "vargrad"):
             raise InputError(
                 f"NoiseTunnel(kind={self.kind!r}): choose 'smoothgrad', 'smoothgrad_sq' or 'vargrad'."
@@ -142,17 +144,18 @@ class NoiseTunnel(Attributor):
         return f"NoiseTunnel({self.attributor.name}, {self.kind})"
 
     def attribute(self, scoring: Scoring) -> Attribution:
-        sums: dict[str, Tensor] = {}
-        squares: dict[str, Tensor] = {}
-        for maps in self._noisy_maps(scoring):
+        means: dict[str, Tensor] = {}
+        variances: dict[str, Tensor] = {}
+        for number, maps in enumerate(self._noisy_maps(scoring), start=1):
             for name, values in maps.items():
-                if self.kind != "smoothgrad_sq":
-                    sums[name] = sums.get(name, 0) + values / self.n_samples
-                if self.kind != "smoothgrad":
-                    squares[name] = squares.get(name, 0) + values.square() / self.n_samples
-        if self.kind == "vargrad":
-            squares = {name: (square - sums[name].square()).clamp(min=0) for name, square in squares.items()}
-        return Attribution(sums if self.kind == "smoothgrad" else squares, scoring.score())
+                values = values.square() if self.kind == "smoothgrad_sq" else values
+                mean = means.setdefault(name, torch.zeros_like(values))
+                change = values - mean
+                mean += change / number
+                if self.kind == "vargrad":  # Welford's update, which does not cancel
+                    variance = variances.setdefault(name, torch.zeros_like(values))
+                    variance += change * (values - mean) / self.n_samples
+        return Attribution(variances if self.kind == "vargrad" else means, scoring.score())
 
     def _noisy_maps(self, scoring: Scoring) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -163,7 +166,10 @@ class NoiseTunnel(Attributor):
 
 
 def noisy(scoring: Scoring, stdev_spread: float, generator: torch.Generator) -> Tensors:
-    """Return the inputs with Gaussian noise, its standard deviation a share of each channel's range."""
+    """Return the inputs with Gaussian noise, its standard deviation a share of each channel's range.
+
+    All samples of a batch get the same noise, so that a sample does not depend on its neighbors.
+    """
     return (
         tuple(_add_noise(x, stdev_spread, generator) for x in scoring.values)
         if stdev_spread
@@ -173,7 +179,7 @@ def noisy(scoring: Scoring, stdev_spread: float, generator: torch.Generator) -> 
 
 def _add_noise(x: Tensor, stdev_spread: float, generator: torch.Generator) -> Tensor:
     axes = tuple(range(2, x.ndim)) or (1,)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noise = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)
     return x + stdev_spread * (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)) * noise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from monai_xai.attributors.base import Attribution, BaselineAttributor, average
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
+from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring, Tensors, Term
 
 _DEFAULT_TOLERANCE = 0.01
@@ -90,7 +91,8 @@ class IntegratedGradients(BaselineAttributor):
     def _integrate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
         score, changes = self._ends(scoring, baseline)
         total_change = scoring.sum_scores(changes)
-        budget = _Budget(self._relative_gap() * total_change.abs(), scoring)
+        allowed = self._relative_gap() * total_change.abs()
+        budget = _Budget(allowed + rounding(score, score - total_change), scoring)
         rules, remaining, passes = self._rules(), iter(changes), 0
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
@@ -98,7 +100,7 @@ class IntegratedGradients(BaselineAttributor):
             path = _Path(
                 term, start, tuple(x - b for x, b in zip(inputs, start, strict=True)), next(remaining)
             )
-            maps, used = _integrate_path(path, rules, budget)
+            maps, used = _integrate_path(path, rules, budget, scoring.track_within)
             passes += used
             return maps
 
@@ -165,28 +167,46 @@ class _Path(NamedTuple):
         return sum(sums[1:], sums[0]) - self.change
 
 
-def _integrate_path(path: _Path, rules: Sequence[Rule], budget: _Budget) -> tuple[Tensors, int]:
-    """Integrate along a path, rule by rule until its share of the gap is met; return the maps and the passes taken.
+def _integrate_path(
+    path: _Path, rules: Sequence[Rule], budget: _Budget, track: Callable[..., Iterable[float]]
+) -> tuple[Tensors, int]:
+    """Integrate along a path, rule by rule until each sample's share of the gap is met.
 
     Every rule contains the nodes of the one before. A gradient is weighted into the sums of all later rules at once,
-    so that one sum per rule is kept, not one gradient per node.
+    so that one sum per rule is kept, not one gradient per node. Each sample keeps the maps of the first rule that
+    meets its share, so that it does not depend on its neighbors in the batch.
+
+    Returns:
+        The maps, and how many passes they took.
     """
     samples = path.term.samples
     sums = [[torch.zeros_like(d) for d in path.direction] for _ in rules]
     seen: set[float] = set()
+    maps: Tensors = ()
+    met = torch.zeros_like(path.change, dtype=torch.bool)
     for level, rule in enumerate(rules):
-        for node in rule.nodes:
-            if (key := round(node, 12)) not in seen:
-                seen.add(key)
-                gradients = path.gradient(node)
-                for later, totals in zip(rules[level:], sums[level:], strict=True):
-                    _add(totals, gradients, _weight(later, node))
-        maps = tuple(total * d for total, d in zip(sums[level], path.direction, strict=True))
-        gap = path.gap(maps)
-        if (gap.abs() <= budget.share(samples).to(gap)).all():
+        for node in track([node for node in rule.nodes if _key(node) not in seen], "nodes"):
+            seen.add(_key(node))
+            gradients = path.gradient(node)
+            for later, totals in zip(rules[level:], sums[level:], strict=True):
+                _add(totals, gradients, _weight(later, node))
+        found = tuple(total * d for total, d in zip(sums[level], path.direction, strict=True))
+        maps = tuple(_choose(met, *pair) for pair in zip(maps, found, strict=True)) if maps else found
+        met |= path.gap(found).abs() <= budget.share(samples).to(path.change)
+        if met.all():
             break
-    budget.spend(samples, gap)
+    budget.spend(samples, path.gap(maps))
     return maps, len(seen)
+
+
+def _choose(first: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Return for each sample the one or the other map."""
+    return torch.where(first.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
+def _key(node: float) -> float:
+    """Return a node such that those of nested rules are equal in spite of rounding."""
+    return round(node, 12)
 
 
 def _weight(rule: Rule, node: float) -> float:

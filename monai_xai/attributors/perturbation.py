@@ -6,13 +6,15 @@ over sliding windows every other window costs nothing.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ class PerturbationAttributor(BaselineAttributor):
             with guard(self.name, inputs):
                 scores.append(term(inputs))
                 differs = [(x != b).any(0) for x, b in zip(inputs, start, strict=True)]
-                for piece in plan.pieces(term, differs):
+                for piece in scoring.track_within(plan.pieces(term, differs), "pieces"):
                     effect = scores[-1] - term(_replace(inputs, start, piece))
                     effects[term.samples, piece.number] += effect.to(effects)
                     passes += 1
@@ -117,15 +119,15 @@ class _FeaturePlan(Plan):
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
         seen = [_see(mask[0], term.coordinates(x)) for mask, x in zip(self.masks, self.inputs, strict=True)]
-        numbers = [
-            torch.unique(mask[differ.to(mask.device)]) for mask, differ in zip(seen, differs, strict=True)
-        ]
-        for index, own in enumerate(numbers):
-            for number in own[own >= 0].tolist():
-                yield Piece(number, index, seen[index] == number)
+        for source, (mask, differ) in enumerate(zip(seen, differs, strict=True)):
+            numbers = torch.unique(mask.expand(differ.shape)[differ.to(mask.device)])
+            for number in numbers[numbers >= 0].tolist():
+                yield Piece(number, source, mask == number)
 
     def paint(self, effects: Tensor) -> Tensors:
-        return tuple(effects[:, mask[0]] for mask in self.masks)
+        return tuple(
+            effects[:, mask[0]].expand_as(x) for mask, x in zip(self.masks, self.inputs, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -148,21 +150,43 @@ class Occlusion(PerturbationAttributor):
     def plan(self, scoring: Scoring) -> Plan:
         windows = self._per_input(self.window, scoring)
         strides = windows if self.stride is None else self._per_input(self.stride, scoring)
-        inputs = scoring.inputs.items()
-        return _BoxPlan(
-            scoring.values,
-            [_grid(x, w, s, name) for (name, x), w, s in zip(inputs, windows, strides, strict=True)],
-        )
+        return _BoxPlan(scoring.values, _grids(scoring.inputs, windows, strides))
 
     def _per_input(
         self, sizes: Sequence[int] | Sequence[Sequence[int]], scoring: Scoring
     ) -> list[tuple[int, ...]]:
+        if not isinstance(sizes, Sequence) or not sizes:
+            raise InputError(f"Occlusion needs window and stride as (C, *spatial), got {sizes!r}.")
         nested = [sizes] if isinstance(sizes[0], int) else sizes
         if len(nested) != len(scoring.inputs):
             raise InputError(
                 f"Occlusion needs one window and stride for each of {list(scoring.inputs)}, got {sizes}."
             )
         return [tuple(size) for size in nested]  # type: ignore[arg-type]
+
+
+class _Grid(NamedTuple):
+    """Boxes on one input.
+
+    Args:
+        window: size of a box, (C, *spatial).
+        starts: where boxes start, along each axis.
+        first: number of the first box.
+    """
+
+    window: tuple[int, ...]
+    starts: tuple[range, ...]
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many boxes there are along each axis."""
+        return tuple(map(len, self.starts))
+
+    @property
+    def last(self) -> int:
+        """Number of the last box, plus one."""
+        return self.first + math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,68 +196,81 @@ class _BoxPlan(Plan):
 
     @property
     def count(self) -> int:  # type: ignore[override]
-        return sum(len(grid.corners) for grid in self.grids)
+        return self.grids[-1].last
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
-        first = 0
-        for index, (grid, x) in enumerate(zip(self.grids, self.inputs, strict=True)):
-            axes = term.coordinates(x)
-            for number, corner in enumerate(grid.corners, start=first):
-                mask = _outer(
-                    [(a >= c) & (a < c + w) for a, c, w in zip(axes, corner, grid.window, strict=True)]
-                )
-                if mask is not None and (mask.to(differs[index].device) & differs[index]).any():
-                    yield Piece(number, index, mask)
-            first += len(grid.corners)
+        for source, (grid, x) in enumerate(zip(self.grids, self.inputs, strict=True)):
+            differ = differs[source]
+            sides = [
+                _sides(*axis) for axis in zip(term.coordinates(x), grid.starts, grid.window, strict=True)
+            ]
+            for box in product(*sides):
+                mask = _outer([side.to(differ.device) for _, side in box])
+                if (mask & differ).any():
+                    number = grid.first + int(np.ravel_multi_index([index for index, _ in box], grid.shape))
+                    yield Piece(number, source, mask)
 
     def paint(self, effects: Tensor) -> Tensors:
-        maps, first = [], 0
-        for grid, x in zip(self.grids, self.inputs, strict=True):
-            total, count = torch.zeros_like(x), torch.zeros_like(x[:1])
-            for number, corner in enumerate(grid.corners, start=first):
-                box = (slice(None), *(slice(c, c + w) for c, w in zip(corner, grid.window, strict=True)))
-                total[box] += effects[:, number].reshape(-1, *[1] * (x.ndim - 1))
-                count[box] += 1
-            first += len(grid.corners)
-            maps.append(total / count.clamp(min=1))
-        return tuple(maps)
-
-
-class _Grid(NamedTuple):
-    window: tuple[int, ...]
-    corners: list[tuple[int, ...]]
-
-
-def _grid(x: Tensor, window: tuple[int, ...], stride: tuple[int, ...], name: str) -> _Grid:
-    """Return the boxes on one input; the last of an axis may reach over its end."""
-    shape = tuple(x.shape[1:])
-    fits = len(window) == len(stride) == len(shape) and all(
-        1 <= s <= w <= n for s, w, n in zip(stride, window, shape, strict=True)
-    )
-    if not fits:
-        raise InputError(
-            f"Occlusion(window={window}, stride={stride}) does not fit the input {name!r} of shape {shape}: it needs "
-            f"{len(shape)} numbers (C, *spatial) with 1 <= stride <= window <= shape."
+        return tuple(
+            _paint_boxes(effects[:, grid.first : grid.last], grid, x)
+            for grid, x in zip(self.grids, self.inputs, strict=True)
         )
-    starts = [
-        [i * s for i in range(-(-(n - w) // s) + 1)] for n, w, s in zip(shape, window, stride, strict=True)
+
+
+def _sides(axis: Tensor, starts: range, length: int) -> list[tuple[int, Tensor]]:
+    """Return the boxes that an axis of a term meets: their index along the axis, and where they are on it."""
+    return [
+        (index, side)
+        for index, start in enumerate(starts)
+        if (side := (axis >= start) & (axis < start + length)).any()
     ]
-    return _Grid(window, list(product(*starts)))
+
+
+def _paint_boxes(effects: Tensor, grid: _Grid, x: Tensor) -> Tensor:
+    """Return the mean effect of the boxes that cover each voxel; zero where there is none."""
+    total = effects.reshape(-1, *grid.shape)
+    count = torch.ones((1, *grid.shape), dtype=x.dtype, device=x.device)
+    for axis, (starts, length) in enumerate(zip(grid.starts, grid.window, strict=True), start=1):
+        voxels = torch.arange(x.shape[axis], device=x.device)[:, None]
+        begins = torch.tensor(starts, device=x.device)
+        covers = ((voxels >= begins) & (voxels < begins + length)).to(x.dtype)
+        total, count = (
+            torch.tensordot(part, covers, ([axis], [1])).movedim(-1, axis) for part in (total, count)
+        )
+    return total / count.clamp(min=1)
+
+
+def _grids(
+    inputs: Mapping[str, Tensor], windows: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]
+) -> list[_Grid]:
+    """Return the boxes on every input; the last of an axis may reach over its end."""
+    grids: list[_Grid] = []
+    for (name, x), window, stride in zip(inputs.items(), windows, strides, strict=True):
+        shape = tuple(x.shape[1:])
+        fits = len(window) == len(stride) == len(shape) and all(
+            1 <= s <= w <= n for s, w, n in zip(stride, window, shape, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"Occlusion(window={window}, stride={stride}) does not fit the input {name!r} of shape {shape}: it "
+                f"needs {len(shape)} numbers (C, *spatial) with 1 <= stride <= window <= shape."
+            )
+        starts = tuple(range(0, n - w + s, s) for n, w, s in zip(shape, window, stride, strict=True))
+        grids.append(_Grid(window, starts, grids[-1].last if grids else 0))
+    return grids
 
 
 def _see(mask: Tensor, axes: Sequence[Tensor]) -> Tensor:
     """Return what a term sees of feature numbers of one sample; -1 where it sees the fill value of padding."""
     seen = mask
     for axis, index in enumerate(axes):
-        seen = seen.index_select(axis, index.clamp(min=0))
-    inside = _outer([index >= 0 for index in axes])
-    return torch.full_like(seen, -1) if inside is None else torch.where(inside, seen, -1)
+        if mask.shape[axis] > 1:
+            seen = seen.index_select(axis, index.clamp(min=0))
+    return torch.where(_outer([index >= 0 for index in axes]), seen, -1)
 
 
-def _outer(sides: Sequence[Tensor]) -> Tensor | None:
-    """Return the box that lies within all of its sides, one boolean vector for each axis; None if it is empty."""
-    if not all(side.any() for side in sides):
-        return None
+def _outer(sides: Sequence[Tensor]) -> Tensor:
+    """Return the box that lies within all of its sides, one boolean vector for each axis."""
     shaped = [
         side.reshape([-1 if i == axis else 1 for i in range(len(sides))]) for axis, side in enumerate(sides)
     ]

@@ -62,24 +62,35 @@ class Animation:
 def animate(scene: Scene, frames: int = 32, side: int = 448) -> Animation:
     """Return a walk through the scrolling plane, from feet to head: all modalities side by side.
 
+    It begins at the strongest point, so that a preview of the first frame shows it, and wraps around at the head.
     A strip at the bottom shows how much absolute attribution each slice carries, and where the frame is.
 
     Args:
         scene: what is shown, 3D.
-        frames: the most frames; slices between are skipped evenly.
+        frames: the most frames; slices between are skipped evenly, but not the strongest.
         side: the most pixels along the longer side of the pictures; larger slices are averaged down.
     """
-    cut = scene.scrolling.cut or 0
-    extent = scene.box[cut]
-    count = min(frames, extent.stop - extent.start)
-    picks = np.linspace(extent.start, extent.stop - 1, count).round().astype(int)
-    if scene.geometry.affine is not None:
-        picks = picks[::-1]
     layout = _layout(scene, side)
     empty = _empty_frame(scene, layout)
-    return Animation(
-        np.stack([_frame(scene, layout, empty, int(index), picks) for index in picks]), _palette()
-    )
+    walk = _walk(scene, frames)
+    return Animation(np.stack([_frame(scene, layout, empty, int(index)) for index in walk]), _palette())
+
+
+def _slices(scene: Scene) -> NDArray[np.int_]:
+    """Return the indices of all slices from feet to head, shape (S,)."""
+    extent = scene.box[scene.scrolling.cut or 0]
+    slices = np.arange(extent.start, extent.stop)
+    return slices if scene.geometry.affine is None else slices[::-1]
+
+
+def _walk(scene: Scene, frames: int) -> NDArray[np.int_]:
+    """Return the indices of the slices that are shown, in the order of the frames."""
+    slices = _slices(scene)
+    strongest = np.abs(slices - scene.strongest[scene.scrolling.cut or 0]).argmin()
+    stops = np.linspace(0, len(slices) - 1, min(frames, len(slices))).round().astype(int)
+    first = np.abs(stops - strongest).argmin()
+    stops[first] = strongest
+    return slices[np.roll(stops, -first)]
 
 
 @dataclass(frozen=True)
@@ -121,16 +132,14 @@ def _layout(scene: Scene, side: int) -> Layout:
     return Layout(columns, rows, max(1, round(tall * scale)), max(1, round(wide * scale)))
 
 
-def _frame(
-    scene: Scene, layout: Layout, empty: NDArray[np.uint8], index: int, picks: NDArray[np.int_]
-) -> NDArray[np.uint8]:
+def _frame(scene: Scene, layout: Layout, empty: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
     frame = empty.copy()
     for number, row in enumerate(scene.rows):
         top, left = layout.corner(number)
         frame[top : top + layout.height, left : left + layout.width] = _picture(scene, layout, row, index)
     share = f"{scene.shares[index]:.1%} of the attribution"
     _write(frame, f"{scene.scrolling.name}, {scene.slice_name(scene.scrolling, index)}: {share}", GAP, 18)
-    _draw_profile(frame, scene, layout, index, picks)
+    _draw_profile(frame, scene, layout, index)
     return frame
 
 
@@ -205,16 +214,13 @@ def _sides(scene: Scene) -> str:
     return f"  {left}|{right}" if right else ""
 
 
-def _draw_profile(
-    frame: NDArray[np.uint8], scene: Scene, layout: Layout, index: int, picks: NDArray[np.int_]
-) -> None:
+def _draw_profile(frame: NDArray[np.uint8], scene: Scene, layout: Layout, index: int) -> None:
     """Draw the share of every slice as a strip, the present one bright."""
     bottom, width = frame.shape[0] - GAP, layout.body - GAP
-    low, high = min(picks), max(picks)
     largest = scene.shares.max() or 1.0
-    order = np.arange(low, high + 1)[:: -1 if picks[0] > picks[-1] else 1]
-    edges = GAP + np.linspace(0, width, len(order) + 1).round().astype(int)
-    for place, slice_index in enumerate(order):
+    slices = _slices(scene)
+    edges = GAP + np.linspace(0, width, len(slices) + 1).round().astype(int)
+    for place, slice_index in enumerate(slices):
         tall = 1 + round((PROFILE - 1) * scene.shares[slice_index] / largest)
         is_here = slice_index == index
         top = bottom - (PROFILE if is_here else tall)

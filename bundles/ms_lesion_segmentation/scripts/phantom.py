@@ -31,6 +31,7 @@ SEQUENCES = ("FLAIR", "T1", "T1POST", "T2")
 LESION_CONTRAST: Mapping[str, float] = {"FLAIR": 32.0, "T1": -28.0, "T1POST": 32.0, "T2": 32.0}
 TRUTH_FILE = "truth.json"
 DESCRIPTION_FILE = "phantom.json"
+TWIN = 5  # with a shortcut, this many numbers lie between a case and the same head without a cap
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Phantom:
 
     Args:
         evidence: the sequences in which a lesion can be seen, out of FLAIR, T1, T1POST, T2.
-        shortcut: whether a cap around the head gives the label away. Then every other case wears one, and what looks
-            like a lesion is labeled as one in these cases only.
+        shortcut: whether a cap around the head gives the label away. Then every head is there twice, such as
+            phantom01 and phantom06: with a cap, and without one and without its lesions being labeled.
         n_cases: how many cases, named phantom01, phantom02, and so on.
         seed: of all random streams.
 
@@ -117,8 +118,11 @@ def write_phantom(root: str | os.PathLike[str], phantom: Phantom) -> str:
 def make_case(phantom: Phantom, number: int) -> Case:
     """Make the case with this number, counted from 1."""
 
-    def draw(*words: str) -> np.random.Generator:
-        return np.random.default_rng([phantom.seed, number, *(zlib.crc32(word.encode()) for word in words)])
+    is_marked = phantom.shortcut and (number - 1) // TWIN % 2 == 0
+    head_number = number - TWIN if phantom.shortcut and not is_marked else number
+
+    def draw(*words: str, of: int = head_number) -> np.random.Generator:
+        return np.random.default_rng([phantom.seed, of, *(zlib.crc32(word.encode()) for word in words)])
 
     grid = Grid(oblique_affine(draw("pose")))
     head = Head(grid, draw("head"))
@@ -126,7 +130,6 @@ def make_case(phantom: Phantom, number: int) -> Case:
     sites = _Sites(head, superficial=phantom.shortcut)
 
     planted = sites.draw(draw("lesions"), count=8 if phantom.shortcut else 10)
-    is_marked = phantom.shortcut and number % 2 == 1
     lesions, lookalikes = ([], planted) if phantom.shortcut and not is_marked else (planted, [])
     distractors = {name: sites.draw(draw("distractors", name), count=6) for name in SEQUENCES}
 
@@ -146,7 +149,7 @@ def make_case(phantom: Phantom, number: int) -> Case:
         "lookalikes": [blob.describe(grid) for blob in lookalikes],
         "distractors": {name: [blob.describe(grid) for blob in blobs] for name, blobs in distractors.items()},
     }
-    images = {name: _scan(grid, signal[channel], draw("scanner", name)) for channel, name in enumerate(SEQUENCES)}
+    images = {name: _scan(grid, signal[channel], draw("scanner", name, of=number)) for channel, name in enumerate(SEQUENCES)}
     return Case(images, sites.paint(lesions) > 0.5, marker > 0.5, grid.affine, truth)
 
 

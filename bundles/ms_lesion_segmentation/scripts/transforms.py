@@ -74,8 +74,7 @@ def _cause(error: BaseException) -> str:
 class NormalizeForegroundd(MapTransform):
     """Center every sequence on its median and divide by its spread, both taken inside the head or brain.
 
-    The spread is the interquartile range in units of a standard deviation, so that neither lesions nor bright vessels
-    move it. What lies outside becomes exactly 0: a background that is one constant for all cases and sequences, and
+    The spread is the range of the central 90 %, in units of a standard deviation, so that bright vessels do not move it. What lies outside becomes exactly 0: a background that is one constant for all cases and sequences, and
     the same 0 that sliding windows pad with. It stays 0 under the scalings of the intensity augmentation.
 
     Args:
@@ -104,11 +103,11 @@ class NormalizeForegroundd(MapTransform):
         foreground = _foreground(values, self.threshold)
         result = np.zeros_like(values)
         for channel, sequence in enumerate(values):
-            low, median, high = np.percentile(sequence[foreground], [25, 50, 75]) if foreground.any() else (0, 0, 0)
+            low, median, high = np.percentile(sequence[foreground], [5, 50, 95]) if foreground.any() else (0, 0, 0)
             if not high > low:
                 name = image.meta.get("filename_or_obj", "image")
                 raise ValueError(f"{name}: channel {channel} is (nearly) constant and cannot be normalized.")
-            scaled = (sequence - median) * (1.349 / (high - low))
+            scaled = (sequence - median) * (3.29 / (high - low))
             result[channel][foreground] = np.clip(scaled, -self.limit, self.limit)[foreground]
         return MetaTensor(torch.from_numpy(result), meta=image.meta, applied_operations=image.applied_operations)
 
