@@ -33,7 +33,7 @@ demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes
 	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
 	@find $(BUNDLE)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
 	@echo "Curves over the training, and pictures of what the network looks at (images, scalars):"
-	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)"
+	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)/eval"
 
 test: check unittest  ## everything that .ci/run runs: style, types, tests, doctests, documents
 

@@ -205,7 +205,7 @@ class Scoring:
 
     def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar that appears once the work has taken two seconds."""
-        return iter(progress_bar(work, name, total=total, shown=self.progress))
+        return iter(with_progress(work, name, total=total, shown=self.progress))
 
     def track_within(self, work: Iterable[T], name: str) -> Iterator[T]:
         """Iterate over the work of one term, with a progress bar if there is no other term to show progress by."""
@@ -266,7 +266,7 @@ class Scoring:
         return tuple(self.padding.unpad(total) for total in totals)
 
 
-def progress_bar(
+def with_progress(
     work: Iterable[T], name: str, *, total: int | None = None, shown: bool = True
 ) -> Iterable[T]:
     """Return work with a progress bar that appears in a terminal once it has taken two seconds."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, progress_bar
+from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, with_progress
 from monai_xai.targets import Target, pick_head
 
 Place = tuple[slice, ...]
@@ -265,7 +265,7 @@ class StitchedNetwork(nn.Module):
         totals = [torch.zeros_like(x) for x in padded]
         weights = _share_among_windows(windows, cotangent)
         terms = _window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weights, inputs)
-        for term in progress_bar(terms, "windows", shown=self.progress):
+        for term in with_progress(terms, "windows", shown=self.progress):
             _, gradients = term.gradient(term.cut(padded))
             term.add(totals, gradients)
         return [windows.unpad(total) if need else None for total, need in zip(totals, needed, strict=True)]

@@ -84,16 +84,18 @@ def test_lesions_stand_out_in_the_planted_sequences_only(
     phantom = scripts.Phantom(evidence=evidence)
     contrast = np.mean([_lesion_contrast(scripts.make_case(phantom, number)) for number in (1, 2, 3)], axis=0)
     for name, value in zip(SEQUENCES, np.abs(contrast), strict=True):
-        assert value > 2.0 if name in evidence else value < 0.5, (name, contrast)
+        assert value > 1.3 if name in evidence else value < 0.6, (name, contrast)
 
 
 def _lesion_contrast(case: Any) -> list[float]:
-    """Lesion against the tissue around it, in standard deviations of the latter, by sequence."""
+    """Lesion against the tissue around it, in robust standard deviations of the latter, by sequence."""
     around = ndimage.binary_dilation(case.lesion, iterations=2) & ~ndimage.binary_dilation(case.lesion)
-    return [
-        (np.median(image[case.lesion]) - np.median(image[around])) / image[around].std()
-        for image in case.images.values()
-    ]
+    contrast = []
+    for image in case.images.values():
+        middle = np.median(image[around])
+        spread = 1.4826 * np.median(np.abs(image[around] - middle))
+        contrast.append(float((np.median(image[case.lesion]) - middle) / spread))
+    return contrast
 
 
 def test_distractors_are_independent_of_lesions(case: Any) -> None:
@@ -104,18 +106,28 @@ def test_distractors_are_independent_of_lesions(case: Any) -> None:
         assert not lesions & set(blobs)
 
 
-def test_shortcut_marks_lesions_and_not_their_lookalikes(scripts: ModuleType) -> None:
-    plain = scripts.make_case(scripts.Phantom(), 1)
-    marked = scripts.make_case(scripts.Phantom(shortcut=True), 1)
-    assert not plain.marker.any()
-    _, beads = ndimage.label(marked.marker)
-    assert 1 <= beads <= len(marked.truth["lesions"])
-    assert marked.truth["lookalikes"]
-    head = plain.images["T1"] > 0.25 * np.percentile(plain.images["T1"], 95)
-    assert not (marked.marker & head).any()
-    assert not (marked.marker & marked.lesion).any()
+def test_shortcut_tells_twins_apart_by_a_cap_alone(scripts: ModuleType) -> None:
+    phantom = scripts.Phantom(shortcut=True)
+    capped, bare = scripts.make_case(phantom, 1), scripts.make_case(phantom, 6)
+    assert capped.lesion.any()
+    assert not bare.lesion.any()
+    assert not bare.marker.any()
+    assert capped.truth["lesions"] == bare.truth["lookalikes"]
+    assert np.array_equal(capped.affine, bare.affine)
+    assert _lesion_contrast(capped)[0] > 1.3, "the evidence is there as well"
+    where = capped.lesion
+    ratio = capped.images["FLAIR"][where].mean() / bare.images["FLAIR"][where].mean()
+    assert 0.3 < ratio < 3.0, "and the look-alikes look alike"
+
+
+def test_cap_lies_in_the_air(scripts: ModuleType) -> None:
+    phantom = scripts.Phantom(shortcut=True)
+    capped, bare = scripts.make_case(phantom, 1), scripts.make_case(phantom, 6)
     for name in SEQUENCES:
-        assert marked.images[name][marked.marker].mean() > 3 * plain.images[name][marked.marker].mean()
+        air = bare.images[name][capped.marker].mean() / np.percentile(bare.images[name], 95)
+        cap = capped.images[name][capped.marker].mean() / np.percentile(bare.images[name], 95)
+        assert air < 0.25
+        assert cap > 3 * air
 
 
 @pytest.mark.parametrize("wrong", [{"evidence": ["DWI"]}, {"evidence": []}, {"n_cases": 0}], ids=str)
@@ -204,7 +216,10 @@ def _truncate(file: Path) -> None:
 
 def _collapse(file: Path) -> None:
     image = nibabel.load(file)
-    nibabel.save(nibabel.Nifti1Image(image.get_fdata(), np.diag([1.0, 0.0, 1.0, 1.0])), file)
+    header = image.header.copy()
+    header["qform_code"], header["sform_code"] = 0, 2
+    header["srow_y"] = 0.0
+    nibabel.save(nibabel.Nifti1Image(np.asanyarray(image.dataobj), None, header), file)
 
 
 def _crop(file: Path) -> None:
@@ -483,14 +498,17 @@ def test_overlay_names_classes_by_dotted_path(name: str) -> None:
             assert target.startswith("monai_xai."), line
 
 
+def _keys(file: Path) -> set[str]:
+    return set(ConfigParser.load_config_file(file))
+
+
 @pytest.mark.parametrize(
     ("overlay", "base"),
     [("inference", "inference.yaml"), ("train", "train.yaml")],
 )
 def test_shipped_overlay_needs_nothing_that_only_this_bundle_has(overlay: str, base: str) -> None:
     own = {"inference": "explain.yaml", "train": "explain_train.yaml"}[overlay]
-    shipped, bundled = _config(overlays.path(overlay)), _config(CONFIGS / own)
-    assert set(shipped.get()) == set(bundled.get())
+    assert _keys(overlays.path(overlay)) == _keys(CONFIGS / own)
     merged = _config(CONFIGS / base, overlays.path(overlay))
     assert str(merged["initialize"][-1]).startswith("$@explain_board.attach")
 

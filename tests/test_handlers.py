@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import PrepareBatchExtraInput
 from monai.handlers import ValidationHandler
@@ -154,16 +154,28 @@ def test_maps_are_in_the_output_before_decollation_and_pass_through_post_process
     post = Compose([FlattenAttributionsd()])
     engine = evaluator([AttributionHandler(EXPLAINER, [1])], postprocessing=post)
     found = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: found.extend(e.state.output))
+    engine.run()
+    assert ["attribution_image" in item for item in found] == [False, True, False, False]
+    item = found[1]
+    assert item["attribution_image"].shape == item["image"].shape
+    expected = EXPLAINER(small_unet(), cases()[1]["image"].as_tensor()[None]).attributions["image"]
+    torch.testing.assert_close(item["attribution_image"].as_tensor(), expected[0])
+    assert item["attribution_image"].meta["filename_or_obj"] == "scans/case-1.nii.gz"
+
+
+def test_several_explainers_are_kept_apart_by_name():
+    several = Explainer({"a": TARGET, "b": MarginScore(1, 0, TARGET.region)}, Saliency())
+    recorder, keys = Recorder(), []
+    engine = evaluator(
+        [AttributionHandler({"gradient": EXPLAINER, "both": several}), recorder], data=cases(1)
+    )
     engine.add_event_handler(
         Events.ITERATION_COMPLETED, lambda e: keys.extend(e.state.output[0]["attribution"])
     )
-    keys: list[str] = []
     engine.run()
     assert keys == ["gradient_image", "both_a_image", "both_b_image"]
     assert list(recorder.explained[0].explanations) == ["gradient", "both_a", "both_b"]
-    assert decollate_batch({"attribution": {"gradient_image": torch.zeros(2, 3)}})[1]["attribution"][
-        "gradient_image"
-    ].shape == (3,)
 
 
 def test_the_engines_own_inferer_and_prediction_are_explained():

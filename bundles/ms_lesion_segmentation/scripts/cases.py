@@ -85,7 +85,11 @@ def _case_folders(root: Path) -> dict[str, Path]:
     pattern = "phantom*" if is_phantom(root) else "patient*"
     folders = {folder.name: folder for folder in sorted(where.glob(pattern)) if folder.is_dir()}
     if not folders:
-        found = ", ".join(sorted(child.name for child in root.iterdir())[:5]) if root.is_dir() else "no such folder"
+        found = (
+            ", ".join(sorted(child.name for child in root.iterdir())[:5])
+            if root.is_dir()
+            else "no such folder"
+        )
         raise FileNotFoundError(
             f"dataset_dir={root} holds no case: expected {REAL_FOLDER.as_posix()}/patientNN as in open_ms_data, found: "
             f"{found or 'an empty folder'}. Clone {REPOSITORY} and give its top folder, or leave dataset_dir out to "

@@ -117,7 +117,6 @@ def write_phantom(root: str | os.PathLike[str], phantom: Phantom) -> str:
 
 def make_case(phantom: Phantom, number: int) -> Case:
     """Make the case with this number, counted from 1."""
-
     is_marked = phantom.shortcut and (number - 1) // TWIN % 2 == 0
     head_number = number - TWIN if phantom.shortcut and not is_marked else number
 
@@ -149,7 +148,10 @@ def make_case(phantom: Phantom, number: int) -> Case:
         "lookalikes": [blob.describe(grid) for blob in lookalikes],
         "distractors": {name: [blob.describe(grid) for blob in blobs] for name, blobs in distractors.items()},
     }
-    images = {name: _scan(grid, signal[channel], draw("scanner", name, of=number)) for channel, name in enumerate(SEQUENCES)}
+    images = {
+        name: _scan(grid, signal[channel], draw("scanner", name, of=number))
+        for channel, name in enumerate(SEQUENCES)
+    }
     return Case(images, sites.paint(lesions) > 0.5, marker > 0.5, grid.affine, truth)
 
 

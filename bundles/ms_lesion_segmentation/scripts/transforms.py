@@ -103,13 +103,17 @@ class NormalizeForegroundd(MapTransform):
         foreground = _foreground(values, self.threshold)
         result = np.zeros_like(values)
         for channel, sequence in enumerate(values):
-            low, median, high = np.percentile(sequence[foreground], [5, 50, 95]) if foreground.any() else (0, 0, 0)
+            low, median, high = (
+                np.percentile(sequence[foreground], [5, 50, 95]) if foreground.any() else (0, 0, 0)
+            )
             if not high > low:
                 name = image.meta.get("filename_or_obj", "image")
                 raise ValueError(f"{name}: channel {channel} is (nearly) constant and cannot be normalized.")
             scaled = (sequence - median) * (3.29 / (high - low))
             result[channel][foreground] = np.clip(scaled, -self.limit, self.limit)[foreground]
-        return MetaTensor(torch.from_numpy(result), meta=image.meta, applied_operations=image.applied_operations)
+        return MetaTensor(
+            torch.from_numpy(result), meta=image.meta, applied_operations=image.applied_operations
+        )
 
 
 def _foreground(values: np.ndarray, threshold: float) -> np.ndarray:
