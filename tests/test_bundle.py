@@ -483,7 +483,7 @@ def test_evaluation_reports_every_case(trained: tuple[dict[str, Any], Path]) -> 
 
 
 def test_inference_without_a_trained_network_says_what_to_do(phantoms: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="There is no trained network in .*Train one first"):
+    with pytest.raises(AssertionError, match=r"There is no trained network in .*Train one first"):
         _run(["configs/inference.yaml"], dataset_dir=phantoms, ckpt_dir=tmp_path, output_dir=tmp_path)
 
 

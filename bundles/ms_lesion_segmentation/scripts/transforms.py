@@ -74,7 +74,9 @@ def _cause(error: BaseException) -> str:
 class NormalizeForegroundd(MapTransform):
     """Center every sequence on its median and divide by its spread, both taken inside the head or brain.
 
-    The spread is the range of the central 90 %, in units of a standard deviation, so that bright vessels do not move it. What lies outside becomes exactly 0: a background that is one constant for all cases and sequences, and
+    The spread is the range of the central 90 %, in units of a standard deviation, so that bright vessels do
+    not move it. What lies outside becomes exactly 0: a background that is one constant for all cases and
+    sequences, and
     the same 0 that sliding windows pad with. It stays 0 under the scalings of the intensity augmentation.
 
     Args:
