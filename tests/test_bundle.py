@@ -397,6 +397,13 @@ def test_training_and_inference_agree() -> None:
 # --- end to end, through MONAI's own command line -------------------------------------------------------------------
 
 
+CHEAP = {
+    "explainer::attributor::n_steps": 2,
+    "explain_board::animation_frames": 0,
+    "explain_board::montage_slices": 0,
+}
+
+
 def _run(files: list[Path | str], **settings: Any) -> str:
     """Run configs in the folder of the bundle as a user does, and return what it says."""
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -442,7 +449,7 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     _run(
         ["configs/train.yaml", "configs/explain_train.yaml"],
         epochs=2, iterations_per_epoch=3, val_interval=1, patches_per_case=2, **settings,
-        **{"explainer::attributor::n_steps": 2},
+        **CHEAP,
     )  # fmt: skip
     return settings, root / "eval"
 
@@ -462,7 +469,7 @@ def test_inference_saves_maps_in_the_space_of_the_scan(
     trained: tuple[dict[str, Any], Path], phantoms: Path
 ) -> None:
     settings, output = trained
-    _run(["configs/inference.yaml", "configs/explain.yaml"], **settings)
+    _run(["configs/inference.yaml", "configs/explain.yaml"], **settings, **CHEAP)
     scan = nibabel.load(phantoms / "phantom01" / "FLAIR.nii.gz")
     mask = nibabel.load(output / "phantom01" / "phantom01_lesions.nii.gz")
     maps = nibabel.load(output / "phantom01" / "phantom01_attribution_image.nii.gz")
