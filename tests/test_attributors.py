@@ -321,7 +321,7 @@ def test_class_activation_maps_of_windows_are_blended_as_predictions_are(method)
 def test_adaptive_integration_meets_its_tolerance_and_reports_the_gap():
     network, x = small_unet(norm="INSTANCE"), random_image(2, 2, 20, 16)
     for tolerance in (0.05, 0.001):
-        method = IntegratedGradients(tolerance=tolerance, baseline=Noise())
+        method = IntegratedGradients(tolerance=tolerance, baseline=Noise(), max_steps=2047)
         explanation = explain(method, network, x, RegionScore(1, BOX), SIDES)
         assert (explanation.gap <= tolerance).all()
 
