@@ -408,17 +408,10 @@ def output_channels(
 ) -> int:
     """Return how many channels the network gives, from one window of one sample."""
     windows = plan_windows(inferer, inputs)
-    counts = []
-
-    class Probe(nn.Module):
-        def forward(self, *arguments: Tensor) -> Tensor:
-            output = window_output(network(*arguments[:-1]), head, windows.size)
-            counts.append(output.shape[1])
-            return output.flatten(1).sum(1)
-
-    probe = WindowTerm(windows, Probe(), windows.places[0], 0, torch.zeros_like(windows.total_importance))
-    probe(probe.cut([windows.pad(x[:1]) for x in inputs]))
-    return counts[0]
+    first = WindowTerm(windows, network, windows.places[0], 0, torch.zeros_like(windows.total_importance))
+    part = first.cut([windows.pad(x) for x in inputs])
+    with torch.no_grad():
+        return window_output(network(*(x.clone() for x in part)), head, windows.size).shape[1]
 
 
 def window_scoring(

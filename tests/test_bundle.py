@@ -340,12 +340,13 @@ def test_metadata_names_the_channels_and_the_current_version() -> None:
     assert metadata["version"] in metadata["changelog"]
 
 
-def test_network_maps_what_the_metadata_promises() -> None:
+def test_network_maps_what_the_metadata_promises(scripts: ModuleType, phantoms: Path) -> None:
     verify_net_in_out(
         net_id="network_def",
         meta_file=str(CONFIGS / "metadata.json"),
         config_file=str(CONFIGS / "inference.yaml"),
         n=2,
+        dataset_dir=str(phantoms),
     )
 
 
@@ -385,7 +386,17 @@ def _config(*files: Path) -> ConfigParser:
 
 def test_training_and_inference_agree() -> None:
     train, inference = _config(CONFIGS / "train.yaml"), _config(CONFIGS / "inference.yaml")
-    for name in ("network_def", "pixdim", "phantom", "dataset_dir", "seed", "evidence", "shortcut"):
+    for name in (
+        "network_def",
+        "channels",
+        "strides",
+        "pixdim",
+        "phantom",
+        "dataset_dir",
+        "seed",
+        "evidence",
+        "shortcut",
+    ):
         assert train[name] == inference[name], name
     assert train["patch_size"] == inference["roi_size"]
     steps = [dict(step) for step in inference["preprocessing::transforms"]]
