@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import Explanation
-from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, WholeTerm, guard, undisturbed
+from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, Tensors, WholeTerm, guard, undisturbed
 from monai_xai.networks import require_module
 from monai_xai.regions import Needs
 from monai_xai.targets import FunctionTarget, Target
@@ -169,7 +169,7 @@ class Explainer:
 
 
 class _Task:
-    """One batch to be explained, with what several targets share: the clean predictions, by head.
+    """One batch to be explained, with what several targets share: the clean predictions, by head, and the baselines.
 
     Args:
         explainer: the configuration.
@@ -195,6 +195,7 @@ class _Task:
         self.label = label
         self.given = given
         self._predictions: dict[str | int | None, Tensor] = {}
+        self._drawn: dict[int, list[Tensors]] = {}
 
     def targets(self) -> dict[str, Target]:
         """Return the targets by name, those that stand for several taken apart."""
@@ -212,16 +213,14 @@ class _Task:
             part.to(self._image.device) for part in target.select(self._output(target), self.label)
         )
         if (sliding := self._sliding) and target.linear:
-            return window_scoring(
-                self.network, sliding, target, selection[0], inputs=self.inputs, progress=self.progress
-            )
+            scoring = window_scoring(self.network, sliding, target, selection[0], inputs=self.inputs)
+            return replace(scoring, progress=self.progress, drawn=self._drawn)
         whole = self._whole(target.head)
         scored = replace(target, head=None) if isinstance(whole, StitchedNetwork) else target
         function = ScoreFunction(whole, scored, len(self.inputs))
         repeats = whole is not self.network
-        return Scoring(
-            self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats, progress=self.progress
-        )
+        scoring = Scoring(self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats)
+        return replace(scoring, progress=self.progress, drawn=self._drawn)
 
     def facts(self, scoring: Scoring) -> dict[str, int]:
         """Return how many windows there are and how many of them matter."""

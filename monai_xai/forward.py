@@ -20,6 +20,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
 from monai_xai.targets import Target
 
@@ -186,6 +187,7 @@ class Scoring:
         repeats_calls: whether one term calls the network several times (an inferer inside), which methods that work
             by hooks cannot bear.
         progress: whether long work shows a bar.
+        drawn: the baselines of these inputs that were drawn already, by identity: several targets share them.
     """
 
     inputs: Mapping[str, Tensor]
@@ -193,6 +195,7 @@ class Scoring:
     padding: Padding = field(default_factory=Padding)
     repeats_calls: bool = False
     progress: bool = False
+    drawn: dict[int, list[Tensors]] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensors:
@@ -201,7 +204,13 @@ class Scoring:
 
     def at(self, inputs: Sequence[Tensor]) -> Scoring:
         """Return the same score, to be explained at other inputs."""
-        return replace(self, inputs=dict(zip(self.inputs, inputs, strict=True)))
+        return replace(self, inputs=dict(zip(self.inputs, inputs, strict=True)), drawn={})
+
+    def draw(self, baseline: Baseline | Mapping[str, Baseline]) -> list[Tensors]:
+        """Return the baselines of the inputs, one tuple in call order for each draw."""
+        if id(baseline) not in self.drawn:
+            self.drawn[id(baseline)] = draw_baselines(baseline, self.inputs)
+        return self.drawn[id(baseline)]
 
     def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar that appears once the work has taken two seconds."""

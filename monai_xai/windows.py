@@ -421,7 +421,6 @@ def window_scoring(
     selection: Tensor,
     *,
     inputs: Mapping[str, Tensor],
-    progress: bool = False,
 ) -> Scoring:
     """Return a linear target's score through a sliding window, as a sum over the windows that meet the region.
 
@@ -431,10 +430,9 @@ def window_scoring(
         target: a linear target.
         selection: its weights, shape (N, 1, *spatial).
         inputs: plain tensors by name, in call order.
-        progress: whether long work shows a bar.
     """
     values = tuple(inputs.values())
     windows = plan_windows(inferer, values)
     weights = _share_among_windows(windows, selection.to(device=windows.device, dtype=windows.dtype))
     terms = _window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
-    return Scoring(inputs, terms, padding=windows, progress=progress)
+    return Scoring(inputs, terms, padding=windows)

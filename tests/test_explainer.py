@@ -69,6 +69,14 @@ def test_several_targets_share_the_clean_prediction():
     assert len(calls) == 1 + 2
 
 
+def test_several_targets_share_the_baselines(monkeypatch):
+    draws = []
+    monkeypatch.setattr(Blur, "draws", lambda self, x: draws.append(self) or (torch.zeros_like(x),))
+    targets = {name: RegionScore(c, BOX) for c, name in enumerate(("rest", "lesion"))}
+    Explainer(targets, IntegratedGradients(4), tolerated_gap=100.0)(small_unet(), random_image(1, 2, 16, 16))
+    assert len(draws) == 1
+
+
 def test_every_lesion_is_explained_when_asked():
     class Threshold(nn.Module):
         def forward(self, x):

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from monai_xai.baselines import BaselineLike, as_baseline, draw_baselines
+from monai_xai.baselines import Baseline, BaselineLike, as_baseline
 from monai_xai.errors import UnsupportedInfererError
 from monai_xai.forward import Scoring, Tensors
 
@@ -74,7 +74,8 @@ class BaselineAttributor(Attributor):
 
     def draws(self, scoring: Scoring) -> list[Tensors]:
         """Return the baselines, one tuple in call order for each draw."""
-        return draw_baselines(as_baseline(self.baseline), scoring.inputs)
+        assert isinstance(self.baseline, Baseline | Mapping)
+        return scoring.draw(self.baseline)  # type: ignore[arg-type]
 
 
 def refuse_repeated_calls(attributor: Attributor, scoring: Scoring) -> None:

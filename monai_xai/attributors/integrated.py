@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -17,6 +17,8 @@ from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring, Tensors, Term
 
 _DEFAULT_TOLERANCE = 0.01
+_CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
+_PIECES_KEPT = 16  # how many pieces hold their gradients; those that miss least are summed up
 
 
 class Rule(NamedTuple):
@@ -32,20 +34,6 @@ def gauss_legendre(n: int) -> Rule:
     return Rule(tuple((nodes + 1) / 2), tuple(weights / 2))
 
 
-def fejer(n: int) -> Rule:
-    """Return Fejér's second rule with n - 1 nodes, n even: those of n are every other one of those of 2n.
-
-    It leaves out both ends and crowds its nodes there, where gradients change fastest from a poor baseline.
-
-    Reference: Waldvogel, "Fast Construction of the Fejér and Clenshaw-Curtis Quadrature Rules", BIT 2006
-    (doi:10.1007/s10543-006-0045-4).
-    """
-    angles = np.arange(1, n) * np.pi / n
-    odd = np.arange(1, n, 2)
-    weights = 4 * np.sin(angles) / n * (np.sin(np.outer(angles, odd)) / odd).sum(1)
-    return Rule(tuple((1 - np.cos(angles)) / 2), tuple(weights / 2))
-
-
 @dataclass(frozen=True)
 class IntegratedGradients(BaselineAttributor):
     """The gradient integrated along the straight line from the baseline to the input, times their difference.
@@ -58,9 +46,10 @@ class IntegratedGradients(BaselineAttributor):
             if neither it nor ``n_steps`` is given.
         max_steps: refinement ends here at the latest.
 
-    Refinement doubles the nodes of a nested rule, so that every gradient is used at every later level, and each
-    window of a sliding-window score is refined by itself: its own share of the gap is known exactly. What remains
-    is reported as ``delta``; ``facts["passes"]`` counts forward-backward passes per window.
+    Refinement halves the piece of the path that misses most of its own part of the change: the score at every node
+    comes with its gradient, so that what each piece misses is known exactly, and every gradient is used to the end.
+    Each window of a sliding-window score is refined by itself. What remains is reported as ``delta``;
+    ``facts["passes"]`` counts forward-backward passes per window.
 
     Reference: Sundararajan et al., "Axiomatic Attribution for Deep Networks", ICML 2017, equation 1
     (arXiv:1703.01365).
@@ -80,8 +69,8 @@ class IntegratedGradients(BaselineAttributor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.n_steps is not None and self.n_steps < 1) or self.max_steps < 1:
-            raise InputError(f"IntegratedGradients needs n_steps and max_steps of at least 1, got {self}.")
+        if (self.n_steps is not None and self.n_steps < 1) or self.max_steps < 3:
+            raise InputError(f"IntegratedGradients needs n_steps >= 1 and max_steps >= 3, got {self}.")
         if self.tolerance is not None and self.tolerance <= 0:
             raise InputError(f"IntegratedGradients(tolerance={self.tolerance}) must be positive.")
 
@@ -91,22 +80,62 @@ class IntegratedGradients(BaselineAttributor):
     def _integrate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
         score, changes = self._ends(scoring, baseline)
         total_change = scoring.sum_scores(changes)
-        allowed = self._relative_gap() * total_change.abs()
-        budget = _Budget(allowed + rounding(score, score - total_change), scoring)
-        rules, remaining, passes = self._rules(), iter(changes), 0
+        budget = _Budget(
+            self._relative_gap() * total_change.abs() + rounding(score, score - total_change), scoring
+        )
+        remaining, passes = iter(changes), 0
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
             nonlocal passes
-            path = _Path(
-                term, start, tuple(x - b for x, b in zip(inputs, start, strict=True)), next(remaining)
-            )
-            maps, used = _integrate_path(path, rules, budget, scoring.track_within)
+            path, change = _Path(term, start, inputs), next(remaining)
+            if self.is_adaptive:
+                maps, used = self._refine(path, budget.share(term.samples), scoring)
+            else:
+                maps, used = self._follow_rule(path, scoring)
+            budget.spend(term.samples, _sums(maps) - change)
             passes += used
             return maps
 
         maps = scoring.accumulate(self.name, integrate, scoring.values, baseline)
         facts = {"passes": passes / max(len(scoring.terms), 1)}
         return Attribution(dict(zip(scoring.inputs, maps, strict=True)), score, score - total_change, facts)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the path is refined until ``tolerance`` is met."""
+        return self.n_steps is None or self.tolerance is not None
+
+    def _follow_rule(self, path: _Path, scoring: Scoring) -> tuple[Tensors, int]:
+        """Return the maps of one term by a fixed rule, and the number of its nodes."""
+        assert self.n_steps is not None
+        rule = gauss_legendre(self.n_steps)
+        totals = [torch.zeros_like(x) for x in path.inputs]
+        for node, weight in scoring.track_within(list(zip(*rule, strict=True)), "nodes"):
+            _add(totals, path.gradient([node] * len(path.inputs[0]))[1], weight)
+        return tuple(t * d for t, d in zip(totals, path.direction, strict=True)), self.n_steps
+
+    def _refine(self, path: _Path, shares: Tensor, scoring: Scoring) -> tuple[Tensors, int]:
+        """Return the maps of one term, refined for each of its samples, and how many passes that took."""
+        least = self.n_steps or 1
+        refinements = [_refine(float(share), least, self.max_steps) for share in shares]
+        nodes = [next(refinement) for refinement in refinements]
+        integrals: dict[int, Tensors] = {}
+        passes = 0
+        for _ in scoring.track_within(range(self.max_steps), "nodes"):
+            scores, gradients = path.gradient(nodes)
+            passes += 1
+            slopes = _sums([g * d for g, d in zip(gradients, path.direction, strict=True)]).tolist()
+            for row in [row for row in range(len(nodes)) if row not in integrals]:
+                gradient = tuple(g[row] for g in gradients)
+                point = _Point(nodes[row], float(scores[row]), slopes[row], gradient)
+                try:
+                    nodes[row] = refinements[row].send(point)
+                except StopIteration as end:
+                    integrals[row] = end.value
+            if len(integrals) == len(nodes):
+                break
+        stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
+        return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
 
     def _ends(self, scoring: Scoring, baseline: Tensors) -> tuple[Tensor, list[Tensor]]:
         """Return the score, and for each term how much it changes from the baseline to the input."""
@@ -119,14 +148,6 @@ class IntegratedGradients(BaselineAttributor):
     def _relative_gap(self) -> float:
         return _DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
 
-    def _rules(self) -> list[Rule]:
-        """Return one rule, or the nested rules from the least number of steps to the largest."""
-        if self.n_steps is not None and self.tolerance is None:
-            return [gauss_legendre(self.n_steps)]
-        levels = [fejer(2**k) for k in range(1, (self.max_steps + 1).bit_length())]
-        least = min(self.n_steps or 3, self.max_steps)
-        return [rule for rule in levels if len(rule.nodes) >= least] or levels[-1:]
-
 
 class _Budget:
     """How much of the allowed gap each remaining term may use; what one saves, the later ones may spend."""
@@ -137,11 +158,12 @@ class _Budget:
         self._remaining = torch.zeros_like(allowed)
         for term in scoring.terms:
             self._remaining[term.samples] += 1
+        self._equal = allowed / self._remaining.clamp(min=1)
 
     def share(self, samples: slice) -> Tensor:
-        """Return the gap that the next term of these samples may have."""
+        """Return the gap that the next term of these samples may have: never less than an equal share of all."""
         left = self._allowed[samples] - self._gap[samples].abs()
-        return left / self._remaining[samples].clamp(min=1)
+        return (left / self._remaining[samples].clamp(min=1)).clamp(min=self._equal[samples])
 
     def spend(self, samples: slice, gap: Tensor) -> None:
         """Note the gap that a term has."""
@@ -150,67 +172,112 @@ class _Budget:
 
 
 class _Path(NamedTuple):
-    """The straight line through one term, and how much the term changes along it."""
+    """The straight line through one term."""
 
     term: Term
     start: Tensors
-    direction: Tensors
-    change: Tensor
+    inputs: Tensors
 
-    def gradient(self, node: float) -> Tensors:
-        """Return the gradient at a point of the line."""
-        return self.term.gradient([b + node * d for b, d in zip(self.start, self.direction, strict=True)])[1]
+    @property
+    def direction(self) -> Tensors:
+        """The inputs minus the baseline."""
+        return tuple(x - b for x, b in zip(self.inputs, self.start, strict=True))
 
-    def gap(self, maps: Tensors) -> Tensor:
-        """Return how far maps are from adding up, for each sample."""
-        sums = [values.flatten(1).sum(1) for values in maps]
-        return sum(sums[1:], sums[0]) - self.change
+    def gradient(self, nodes: Sequence[float]) -> tuple[Tensor, Tensors]:
+        """Return scores and gradients at points of the line, one for each sample."""
+        points = []
+        for x, b in zip(self.inputs, self.start, strict=True):
+            node = torch.as_tensor(nodes, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+            points.append(b + node * (x - b))
+        return self.term.gradient(points)
 
 
-def _integrate_path(
-    path: _Path, rules: Sequence[Rule], budget: _Budget, track: Callable[..., Iterable[float]]
-) -> tuple[Tensors, int]:
-    """Integrate along a path, rule by rule until each sample's share of the gap is met.
+class _Point(NamedTuple):
+    """What one sample has at a node of the path.
 
-    Every rule contains the nodes of the one before. A gradient is weighted into the sums of all later rules at once,
-    so that one sum per rule is kept, not one gradient per node. Each sample keeps the maps of the first rule that
-    meets its share, so that it does not depend on its neighbors in the batch.
-
-    Returns:
-        The maps, and how many passes they took.
+    Args:
+        node: where, from 0 (baseline) to 1 (input).
+        score: the score there.
+        slope: the derivative of the score along the path.
+        gradient: the gradient, for each input.
     """
-    samples = path.term.samples
-    sums = [[torch.zeros_like(d) for d in path.direction] for _ in rules]
-    seen: set[float] = set()
-    maps: Tensors = ()
-    met = torch.zeros_like(path.change, dtype=torch.bool)
-    for level, rule in enumerate(rules):
-        for node in track([node for node in rule.nodes if _key(node) not in seen], "nodes"):
-            seen.add(_key(node))
-            gradients = path.gradient(node)
-            for later, totals in zip(rules[level:], sums[level:], strict=True):
-                _add(totals, gradients, _weight(later, node))
-        found = tuple(total * d for total, d in zip(sums[level], path.direction, strict=True))
-        maps = tuple(_choose(met, *pair) for pair in zip(maps, found, strict=True)) if maps else found
-        met |= path.gap(found).abs() <= budget.share(samples).to(path.change)
-        if met.all():
-            break
-    budget.spend(samples, path.gap(maps))
-    return maps, len(seen)
+
+    node: float
+    score: float
+    slope: float
+    gradient: Tensors
 
 
-def _choose(first: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Return for each sample the one or the other map."""
-    return torch.where(first.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+class _Piece(NamedTuple):
+    """A piece of the path with the point in its middle, and the rule that adds up better on it.
+
+    Simpson's rule is the better one where the gradient is smooth, trapezoids where it jumps (ReLU).
+    """
+
+    points: tuple[_Point, _Point, _Point]
+    weights: tuple[float, float, float]
+    gap: float
+
+    @classmethod
+    def of(cls, *points: _Point) -> _Piece:
+        """Return the piece between the first and the last of three points."""
+        first, middle, last = points
+        length, change = last.node - first.node, last.score - first.score
+        rules = [tuple(length * w for w in rule) for rule in ((1 / 6, 4 / 6, 1 / 6), (1 / 4, 2 / 4, 1 / 4))]
+        gaps = [sum(w * p.slope for w, p in zip(rule, points, strict=True)) - change for rule in rules]
+        best = min((0, 1), key=lambda i: abs(gaps[i]))
+        return cls((first, middle, last), rules[best], gaps[best])  # type: ignore[arg-type]
+
+    def add_to(self, totals: Sequence[Tensor]) -> None:
+        """Add the integral of the gradient over this piece."""
+        for point, weight in zip(self.points, self.weights, strict=True):
+            _add(totals, point.gradient, weight)
 
 
-def _key(node: float) -> float:
-    """Return a node such that those of nested rules are equal in spite of rounding."""
-    return round(node, 12)
+def _refine(share: float, least: int, most: int) -> Generator[float, _Point, Tensors]:
+    """Integrate the gradient of one sample: yields where a point is wanted, returns the integral for each input.
+
+    The path is halved where it misses most until it adds up. Gaps of pieces may cancel: their sum must be within
+    ``share``, and their sizes must not exceed it by much, or the maps would add up without being right.
+
+    Args:
+        share: the gap that is allowed.
+        least: how many points are taken at least.
+        most: how many points are taken at most, 3 or more.
+    """
+    middle = yield 0.5
+    pieces = [_Piece.of((yield 0.0), middle, (yield 1.0))]
+    totals = [torch.zeros_like(gradient) for gradient in middle.gradient]
+    taken, gap, size = 3, 0.0, 0.0  # gap and size: of the pieces that are in the totals already
+
+    def adds_up() -> bool:
+        gaps = [piece.gap for piece in pieces]
+        return abs(gap + sum(gaps)) <= share and size + sum(map(abs, gaps)) <= _CANCELLATION * share
+
+    while pieces and taken + 2 <= most and not (taken >= least and adds_up()):
+        first, middle, last = pieces.pop(_by_gap(pieces, max)).points
+        left = yield (first.node + middle.node) / 2
+        right = yield (middle.node + last.node) / 2
+        pieces += [_Piece.of(first, left, middle), _Piece.of(middle, right, last)]
+        taken += 2
+        if len(pieces) > _PIECES_KEPT:
+            best = pieces.pop(_by_gap(pieces, min))
+            best.add_to(totals)
+            gap, size = gap + best.gap, size + abs(best.gap)
+    for piece in pieces:
+        piece.add_to(totals)
+    return tuple(totals)
 
 
-def _weight(rule: Rule, node: float) -> float:
-    return rule.weights[int(np.argmin(np.abs(np.asarray(rule.nodes) - node)))]
+def _by_gap(pieces: Sequence[_Piece], choose: Callable[..., int]) -> int:
+    """Return the index of the piece whose gap is largest or smallest in size."""
+    return choose(range(len(pieces)), key=lambda i: abs(pieces[i].gap))
+
+
+def _sums(maps: Sequence[Tensor]) -> Tensor:
+    """Return the sum of maps over all inputs, for each sample."""
+    sums = [values.flatten(1).sum(1) for values in maps]
+    return sum(sums[1:], sums[0])
 
 
 def _add(totals: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:
