@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from monai.data import MetaTensor
-from monai.networks.layers import GaussianFilter
+from monai.networks.layers.convutils import gaussian_1d
 from torch import Tensor
-from torch.nn import functional
 
 from monai_xai.errors import InputError
 from monai_xai.regions import Needs, Region
@@ -66,19 +65,29 @@ class Blur(Baseline):
     sigma: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.sigma > 0:
+        if isinstance(self.sigma, bool) or not isinstance(self.sigma, int | float) or not self.sigma > 0:
             raise InputError(
-                f"Blur(sigma={self.sigma}) must be positive: the blurred image would be the image."
+                f"Blur(sigma={self.sigma}) must be a positive number of voxels, the same along every axis."
             )
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
-        dims = x.ndim - 2
-        if dims == 0:
+        if x.ndim == 2:
             return (torch.zeros_like(x),)
-        radius = min(int(4 * self.sigma) + 1, 10_000)
-        padded = functional.pad(x, [radius, radius] * dims, mode="replicate")
-        blurred = GaussianFilter(dims, self.sigma).to(x)(padded)
-        return (blurred[(..., *[slice(radius, -radius)] * dims)].contiguous(),)
+        kernel = gaussian_1d(torch.tensor(self.sigma)).tolist()
+        for axis in range(2, x.ndim):
+            x = _filter_axis(x, kernel, axis)
+        return (x,)
+
+
+def _filter_axis(x: Tensor, kernel: Sequence[float], axis: int) -> Tensor:
+    """Filter along one axis with replicated edges: one shifted copy at a time, since conv3d unfolds 30 of them."""
+    radius, length = len(kernel) // 2, x.shape[axis]
+    first, last = x.narrow(axis, 0, 1), x.narrow(axis, length - 1, 1)
+    padded = torch.cat([*[first] * radius, x, *[last] * radius], axis)
+    total = torch.zeros_like(x)
+    for shift, weight in enumerate(kernel):
+        total.add_(padded.narrow(axis, shift, length), alpha=weight)
+    return total
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,14 @@ class Samples(Baseline):
         """Return ``n`` examples drawn from a dataset of dictionaries, whose ``key`` has shape (C, *spatial)."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(dataset), generator=generator)[:n].tolist()
-        return cls(torch.stack([_plain(dataset[i][key]) for i in chosen]))
+        examples = [_plain(dataset[i][key]) for i in chosen]
+        shapes = {tuple(example.shape) for example in examples}
+        if len(shapes) != 1:
+            raise InputError(
+                f"Samples.from_dataset needs examples of one shape under {key!r}, got {sorted(shapes) or 'none'}: "
+                "resample and crop them to the grid of the input."
+            )
+        return cls(torch.stack(examples))
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(_expand(self, value[None], x) for value in self.values)

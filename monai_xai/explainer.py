@@ -29,6 +29,7 @@ from monai_xai.windows import (
 )
 
 Inputs = Tensor | Mapping[str, Tensor]
+Label = Tensor | Mapping[str, Tensor] | None
 TargetLike = Target | Callable[..., Tensor]
 
 
@@ -85,7 +86,7 @@ class Explainer:
         object.__setattr__(self, "target", coerced)
 
     def __call__(
-        self, network: nn.Module, inputs: Inputs, label: Tensor | None = None, prediction: Any = None
+        self, network: nn.Module, inputs: Inputs, label: Label = None, prediction: Any = None
     ) -> Explanation | dict[str, Explanation]:
         """Explain a batch.
 
@@ -93,7 +94,8 @@ class Explainer:
             network: called with the inputs by position, in the order of the mapping. Not changed in any way.
             inputs: one tensor (named "image", or "input" if it has no spatial axes) or tensors by name, shape
                 (N, C, *spatial) or (N, F).
-            label: ground truth for regions that need one, shape (N, 1, *spatial) or (N, C, *spatial).
+            label: ground truth for regions that need one, shape (N, 1, *spatial) or (N, C, *spatial); or a mapping,
+                from which a target takes what has the name of its ``head``.
             prediction: the network's clean output through the inferer, if it is there already; spares a forward pass.
 
         Returns:
@@ -109,32 +111,25 @@ class Explainer:
         return explanations[""] if set(explanations) == {""} else explanations
 
     def explain(
-        self, network: nn.Module, inputs: Inputs, *, label: Tensor | None = None, prediction: Any = None
+        self, network: nn.Module, inputs: Inputs, *, label: Label = None, prediction: Any = None
     ) -> dict[str, Explanation]:
         """Explain a batch as :meth:`__call__` does, and return explanations by target name ("" for a single one)."""
         network = require_module(network)
         named = name_inputs(inputs)
         with undisturbed(network):
             tensors = {name: _plain(x) for name, x in named.items()}
-            if not isinstance(label, Tensor | None):
-                raise InputError(
-                    f"The label must be a tensor of shape (N, 1, *spatial), got {type(label).__name__}."
-                )
-            plain_label = None if label is None else _plain(label)
+            plain_label = _plain_label(label)
             plain_prediction = _plain(prediction) if isinstance(prediction, Tensor) else prediction
             task = _Task(self, network, tensors, plain_label, plain_prediction)
             return {name: self._explain(task, target, named) for name, target in task.targets().items()}
 
     def _explain(self, task: _Task, target: Target, named: Mapping[str, Tensor]) -> Explanation:
         start = time.perf_counter()
-        scoring = task.scoring(target)
+        with guard("the score", tuple(task.inputs.values())):
+            scoring = task.scoring(target)
         with guard(self.attributor.name, scoring.values):
             attribution = self.attributor.attribute(scoring)
-        if not torch.isfinite(attribution.score).all():
-            raise AttributionError(
-                f"The score of {target} is not finite, {attribution.score.tolist()}: the network's output holds NaN or "
-                "infinite values there. Look at its weights (diverged training?) and at the intensities of the input."
-            )
+        self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={name: _like(values, named[name]) for name, values in attribution.maps.items()},
             score=attribution.score,
@@ -151,10 +146,31 @@ class Explainer:
         self._judge(explanation)
         return explanation
 
+    def _require_finite(self, attribution: Attribution, target: Target) -> None:
+        """Refuse results with NaN or infinite values, whichever part of the work they come from."""
+        if not torch.isfinite(attribution.score).all():
+            raise AttributionError(
+                f"The score of {target} is not finite, {attribution.score.tolist()}: the network's output holds NaN or "
+                "infinite values there. Look at its weights (diverged training?) and at the intensities of the input."
+            )
+        baseline_score = attribution.baseline_score
+        if baseline_score is not None and not torch.isfinite(baseline_score).all():
+            raise AttributionError(
+                f"The score of {target} is not finite at the baseline, {baseline_score.tolist()}: this network is not "
+                f"defined on what {self.attributor} holds the input against. Choose another baseline, such as Blur()."
+            )
+        for name, values in attribution.maps.items():
+            if bad := int((~torch.isfinite(values)).sum()):
+                raise AttributionError(
+                    f"{self.attributor.name} gave {bad} NaN or infinite attributions for the input {name!r} of "
+                    f"{values.numel()}: the network has no finite gradient there (a square root or division at 0?). "
+                    "Use a perturbation method such as FeatureAblation, or mend the operation in the network."
+                )
+
     def _judge(self, explanation: Explanation) -> None:
         """Warn of attributions that do not add up."""
         gap = explanation.gap
-        if gap is None or not (gap > self.tolerated_gap).any():
+        if gap is None or (gap <= self.tolerated_gap).all():
             return
         worst = int(gap.argmax())
         assert explanation.delta is not None and explanation.baseline_score is not None
@@ -184,7 +200,7 @@ class _Task:
         explainer: Explainer,
         network: nn.Module,
         inputs: Mapping[str, Tensor],
-        label: Tensor | None,
+        label: Label,
         given: Any,
     ) -> None:
         self.inferer = explainer.inferer
@@ -203,14 +219,15 @@ class _Task:
         found: dict[str, Target] = {}
         for name, target in named.items():
             assert isinstance(target, Target)
-            parts = target.each(self._output(target), self.label) or {"": target}
+            parts = target.each(self._output(target), self._label_of(target)) or {"": target}
             found |= {"_".join(filter(None, (name, part))): single for part, single in parts.items()}
         return found
 
     def scoring(self, target: Target) -> Scoring:
         """Select once, and return the score of the frozen selection."""
         selection = tuple(
-            part.to(self._image.device) for part in target.select(self._output(target), self.label)
+            part.to(self._image.device)
+            for part in target.select(self._output(target), self._label_of(target))
         )
         if (sliding := self._sliding) and target.linear:
             scoring = window_scoring(self.network, sliding, target, selection[0], inputs=self.inputs)
@@ -231,6 +248,11 @@ class _Task:
             "windows": windows,
             "active_windows": windows if scoring.repeats_calls else len(scoring.terms),
         }
+
+    def _label_of(self, target: Target) -> Tensor | None:
+        if not isinstance(self.label, Mapping):
+            return self.label
+        return self.label.get(str(target.head))
 
     @property
     def _sliding(self) -> SlidingWindowInferer | None:
@@ -263,7 +285,9 @@ class _Task:
         channels = 1
         if target.needs is Needs.SHAPE:
             assert self._sliding is not None
-            channels = output_channels(self.network, self._sliding, target.head, tuple(self.inputs.values()))
+            inputs = tuple(self.inputs.values())
+            with guard("the look at one window", inputs):
+                channels = output_channels(self.network, self._sliding, target.head, inputs)
         return self._image.new_zeros(()).expand(self._image.shape[0], channels, *self._image.shape[2:])
 
     def _predict(self, target: Target) -> Tensor:
@@ -330,6 +354,22 @@ def _check_affine(name: str, x: MetaTensor) -> None:
             f"The input {name!r} has a singular affine {x.affine.tolist()}: its voxels have no place in space, and "
             "maps could not be saved in it. Mend the header (spacing and directions) of the file."
         )
+
+
+def _plain_label(label: Label) -> Label:
+    """Return a label, or the labels of several heads, as plain tensors.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if isinstance(label, Mapping):
+        return {name: _plain(part) for name, part in label.items() if isinstance(part, Tensor)}
+    if not isinstance(label, Tensor | None):
+        raise InputError(
+            "The label must be a tensor of shape (N, 1, *spatial), or such tensors by the name of the network's head, "
+            f"got {type(label).__name__}."
+        )
+    return None if label is None else _plain(label)
 
 
 def _plain(x: Tensor) -> Tensor:

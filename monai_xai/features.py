@@ -119,15 +119,24 @@ def channel_names(source: str | Path) -> dict[str, tuple[str, ...]]:
 
     Returns:
         Names by input, such as ``{"image": ("FLAIR", "T1", "T1POST", "T2")}``; empty if there is no metadata.
+
+    Raises:
+        InputError: if the file is no JSON, or ``channel_def`` does not go by channel numbers.
     """
     path = Path(source)
     path = path / "configs" / "metadata.json" if path.is_dir() else path
     if not path.is_file():
         return {}
-    inputs = json.loads(path.read_text()).get("network_data_format", {}).get("inputs", {})
-    definitions = {name: entry.get("channel_def") or {} for name, entry in inputs.items()}
-    return {
-        name: tuple(str(definition[key]) for key in sorted(definition, key=int))
-        for name, definition in definitions.items()
-        if definition
-    }
+    try:
+        inputs = json.loads(path.read_text()).get("network_data_format", {}).get("inputs", {})
+        definitions = {name: entry.get("channel_def") or {} for name, entry in inputs.items()}
+        return {
+            name: tuple(str(definition[key]) for key in sorted(definition, key=int))
+            for name, definition in definitions.items()
+            if definition
+        }
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} does not name the channels: {error}. Expected "
+            'network_data_format.inputs.<name>.channel_def = {"0": "FLAIR", "1": "T1", ...}.'
+        ) from error

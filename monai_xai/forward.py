@@ -310,7 +310,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     Inside, the network is in evaluation mode, its parameters are constants, autograd is on, and autocast and
     inference mode are off. Afterwards every submodule has its own train or eval flag, hooks, attributes and buffers
     again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also after
-    an exception. ``.grad`` is never touched. A network that writes to its parameters in its forward pass is beyond it.
+    an exception. ``.grad`` is never touched. A network that writes in its forward pass to its parameters, or into
+    containers within containers, is beyond it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
@@ -347,7 +348,8 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
     containers = [
         (value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)
     ]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers(recurse=False)]
+    own = [*module.buffers(recurse=False), *(v for v in attributes.values() if isinstance(v, Tensor))]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in own]
 
     def restore() -> None:
         vars(module).clear()
@@ -356,10 +358,10 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
             module.training = training
         for container, content in containers:
             _refill(container, content)
-        for buffer, values in buffers:
-            if not torch.equal(buffer, values):
+        for tensor, values in tensors:
+            if not torch.equal(tensor, values):
                 with torch.no_grad():
-                    buffer.copy_(values)
+                    tensor.copy_(values)
 
     return restore
 

@@ -96,6 +96,11 @@ class Labeled(Region):
                 f"{tuple(output.shape)}, got {tuple(label.shape)}."
             )
         value = channel if self.value is None else self.value
+        if self.value is None and output.shape[1] == 1 < label.shape[1]:
+            raise InputError(
+                f"Labeled() cannot tell which channel of the one-hot label {tuple(label.shape)} belongs to an output "
+                "of one channel. Say it: Labeled(value=1)."
+            )
         if label.shape[1] > 1:
             if value >= label.shape[1]:
                 raise InputError(

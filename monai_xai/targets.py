@@ -130,6 +130,10 @@ class ClassScore(Target):
 
     class_index: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.class_index is not None:
+            _require_index("ClassScore(class_index=...)", self.class_index)
+
     @property
     def needs(self) -> Needs:
         return Needs.VALUES if self.class_index is None else Needs.NOTHING
@@ -157,6 +161,9 @@ class OutputScore(Target):
     """
 
     index: int = 0
+
+    def __post_init__(self) -> None:
+        _require_index("OutputScore(index=...)", self.index)
 
     @property
     def needs(self) -> Needs:

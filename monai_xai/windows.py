@@ -12,9 +12,11 @@ and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Number
 from typing import Any
 
 import torch
@@ -67,12 +69,13 @@ class Windows(Padding):
                 "SlidingWindowInferer(with_coord=True) hands window coordinates to the network, which have no "
                 "attribution. Set with_coord=False."
             )
-        roi_size = self.inferer.roi_size
-        if not isinstance(roi_size, int) and len(roi_size) != len(self.spatial):
-            raise InputError(
-                f"SlidingWindowInferer(roi_size={tuple(roi_size)}) does not fit an image of spatial shape "
-                f"{self.spatial}: it needs {len(self.spatial)} numbers."
-            )
+        for name in ("roi_size", "overlap", "sigma_scale"):
+            value = getattr(self.inferer, name)
+            if not isinstance(value, Number) and len(value) != len(self.spatial):
+                raise InputError(
+                    f"SlidingWindowInferer({name}={tuple(value)}) does not fit an image of spatial shape "
+                    f"{self.spatial}: it needs {len(self.spatial)} numbers."
+                )
 
     @cached_property
     def size(self) -> tuple[int, ...]:
@@ -106,7 +109,13 @@ class Windows(Padding):
             given = compute_importance_map(
                 self.size, mode=self.inferer.mode, sigma_scale=self.inferer.sigma_scale, dtype=self.dtype
             )
-        return torch.as_tensor(given).to(device=self.device, dtype=self.dtype).reshape(1, 1, *self.size)
+        weights = torch.as_tensor(given).to(device=self.device, dtype=self.dtype)
+        if tuple(weights.shape[-len(self.size) :]) != self.size or weights.numel() != math.prod(self.size):
+            raise InputError(
+                f"SlidingWindowInferer(roi_weight_map=...) must have the shape of a window, {self.size}, got "
+                f"{tuple(weights.shape)}."
+            )
+        return weights.reshape(1, 1, *self.size)
 
     @cached_property
     def total_importance(self) -> Tensor:

@@ -461,6 +461,49 @@ def test_deep_lift_refuses_modules_without_a_rule_and_names_them(options):
         explain(DeepLift(), small_unet(**options), random_image(1, 2, 16, 16), RegionScore(1, BOX))
 
 
+class Functional(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.convolution, self.relu, self.function = nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), function
+
+    def forward(self, x):
+        return self.function(self.relu(self.convolution(x)))
+
+
+@pytest.mark.parametrize(
+    "function", [nn.functional.relu, nn.functional.elu, torch.relu_], ids=lambda f: f.__name__
+)
+def test_guided_backprop_refuses_activations_that_are_functions(function):
+    with pytest.raises(UnsupportedNetworkError, match="as functions"):
+        explain(
+            GuidedBackprop(), Functional(function).double(), random_image(1, 2, 16, 16), RegionScore(1, BOX)
+        )
+
+
+def test_guided_backprop_takes_gates_and_modules_inside_norms():
+    network = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.InstanceNorm2d(2), nn.ReLU(), nn.Sigmoid())
+    explain(GuidedBackprop(), network.double(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+
+
+@pytest.mark.parametrize("module", [nn.AdaptiveMaxPool2d(1), nn.LSTM(2, 2)], ids=lambda m: type(m).__name__)
+def test_deep_lift_refuses_modules_that_captum_does_not_know(module):
+    with pytest.raises(UnsupportedNetworkError, match=type(module).__name__):
+        explain(DeepLift(), nn.Sequential(nn.Conv2d(2, 1, 3), module), random_image(1, 2, 16, 16))
+
+
+def test_class_activation_maps_refuse_layers_of_tokens():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(2)
+
+        def forward(self, x):
+            return self.norm(x.flatten(2).mT).mT.reshape(x.shape)
+
+    with pytest.raises(UnsupportedNetworkError, match="spatial activations"):
+        explain(GradCam("norm"), Tokens().double(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
+
+
 def test_deep_lift_refuses_activations_that_are_called_twice_and_says_what_helps():
     class Twice(nn.Module):
         def __init__(self):

@@ -443,7 +443,16 @@ def test_a_baseline_may_be_a_scan():
         (lambda: Explainer({}, Saliency()), "names no target"),
         (lambda: IntegratedGradients(baseline="blur"), "A baseline such as"),
         (lambda: IntegratedGradients(baseline=None), "A baseline such as"),
-        (lambda: Blur(0), "must be positive"),
+        (lambda: Blur(0), "positive number"),
+        (lambda: Blur((1, 2)), "positive number"),
+        (lambda: ClassScore(-1), "whole number from 0"),
+        (lambda: OutputScore(-1), "whole number from 0"),
+        (lambda: IntegratedGradients(300, tolerance=0.01), "more steps than max_steps=255"),
+        (lambda: Samples.from_dataset([]), "one shape under 'image', got none"),
+        (
+            lambda: Samples.from_dataset([{"image": torch.zeros(n)} for n in (1, 2)]),
+            "one shape under 'image'",
+        ),
         (lambda: Samples(torch.zeros(0, 2, 4, 4)), "K at least 1"),
         (lambda: FeatureAblation(16), "Features such as"),
         (lambda: GradCam(1), "dotted name"),
@@ -487,6 +496,66 @@ def test_a_diverged_network_is_named():
         next(network.parameters()).fill_(float("nan"))
     with pytest.raises(AttributionError, match="not finite"):
         Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
+
+
+class Standardized(nn.Module):
+    """Divides by the deviation of its input, which a constant baseline does not have."""
+
+    def forward(self, x):
+        return ((x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True)).flatten(1)[:, :1]
+
+
+@pytest.mark.parametrize(
+    "attributor",
+    [IntegratedGradients(baseline=0.0), DeepLift(baseline=0.0), FeatureAblation(baseline=0.0)],
+    ids=lambda a: a.name,
+)
+def test_a_baseline_without_a_score_is_named(attributor):
+    with pytest.raises(AttributionError, match=r"not finite at the baseline.*Choose another baseline"):
+        Explainer(OutputScore(), attributor)(Standardized(), random_image(1, 1, 8, 8))
+
+
+def test_gradients_that_are_not_finite_are_named():
+    class Root(nn.Module):
+        def forward(self, x):
+            return x.square().sum((1, 2, 3)).sqrt()[:, None]
+
+    with pytest.raises(AttributionError, match="16 NaN or infinite attributions for the input 'image'"):
+        Explainer(OutputScore(), Saliency())(Root(), torch.zeros(1, 1, 4, 4))
+
+
+def test_a_network_whose_samples_depend_on_their_neighbors_is_refused():
+    network = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2, track_running_stats=False))
+    with pytest.raises(UnsupportedNetworkError, match="track_running_stats"):
+        Explainer(RegionScore(1, BOX), Saliency())(network.double(), random_image(1, 2, 16, 16))
+
+
+def test_each_head_takes_its_own_label():
+    class TwoHeads(nn.Module):
+        def forward(self, x):
+            return {"seg": torch.cat([-x, x], 1), "cls": x.mean((2, 3))}
+
+    x = random_image(1, 1, 8, 8)
+    label = {"seg": (x > 1).long(), "cls": torch.ones(1, 1)}
+    lesion = Explainer(RegionScore(1, Labeled(), head="seg"), Saliency())(TwoHeads(), x, label=label)
+    torch.testing.assert_close(lesion.score, x[x > 1].mean()[None])
+    box = Explainer(RegionScore(1, Box((0, 0), (2, 2)), head="seg"), Saliency())
+    assert torch.isfinite(box(TwoHeads(), x, label=label).score).all()
+
+
+def test_a_tensor_that_a_network_counts_in_is_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = torch.zeros(1)
+
+        def forward(self, x):
+            self.seen += 1
+            return x.flatten(1)[:, :1]
+
+    network = Counting()
+    Explainer(OutputScore(), Saliency())(network, random_image(1, 1, 4, 4))
+    assert network.seen.item() == 0
 
 
 def test_a_small_spacing_is_no_singular_affine():

@@ -8,10 +8,13 @@ from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfe
 from networks import ImageAndVector, random_image, small_unet
 
 from monai_xai import (
+    AttributionError,
     Box,
     DeepLift,
     Explainer,
+    InputError,
     IntegratedGradients,
+    Labeled,
     MarginScore,
     Predicted,
     RegionScore,
@@ -225,6 +228,35 @@ def test_outputs_of_another_resolution_are_refused_by_name(target):
 
     with pytest.raises(XaiError, match=r"resolution|one grid"):
         Explainer(target, Saliency(), SlidingWindowInferer(8))(HalfResolution(), random_image(1, 1, 16, 16))
+
+
+def with_weights(inferer, weights):
+    inferer.roi_weight_map = weights
+    return inferer
+
+
+@pytest.mark.parametrize(
+    ("inferer", "message"),
+    [
+        (SlidingWindowInferer(8, overlap=(0.5, 0.5, 0.5)), "overlap.*needs 2 numbers"),
+        (SlidingWindowInferer((8, 8, 8)), "roi_size.*needs 2 numbers"),
+        (with_weights(SlidingWindowInferer(8), torch.ones(4, 4)), r"shape of a window, \(8, 8\)"),
+    ],
+    ids=["overlap", "roi_size", "roi_weight_map"],
+)
+def test_settings_that_do_not_fit_the_image_are_named(inferer, message):
+    with pytest.raises(InputError, match=message):
+        Explainer(RegionScore(1, Box((0, 0), (4, 4))), Saliency(), inferer)(
+            small_unet(), random_image(1, 2, 24, 24)
+        )
+
+
+def test_a_network_that_does_not_take_the_window_is_named_with_the_shapes():
+    target = RegionScore(1, Labeled())
+    with pytest.raises(AttributionError, match=r"one window failed on inputs \[\(1, 3, 16, 16\)\]"):
+        Explainer(target, Saliency(), SlidingWindowInferer(8))(
+            small_unet(), random_image(1, 3, 16, 16), label=torch.ones(1, 1, 16, 16)
+        )
 
 
 def test_window_coordinates_are_refused_by_name():

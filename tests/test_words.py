@@ -215,3 +215,14 @@ def test_channel_names_come_from_the_bundles_metadata(tmp_path):
         json.dumps({"network_data_format": {"inputs": inputs}})
     )
     assert channel_names(tmp_path) == {"image": ("FLAIR", "T1")}
+    for broken in ("{", '{"network_data_format": {"inputs": {"image": {"channel_def": {"FLAIR": 0}}}}}'):
+        (tmp_path / "configs" / "metadata.json").write_text(broken)
+        with pytest.raises(InputError, match=r"metadata\.json does not name the channels"):
+            channel_names(tmp_path)
+
+
+def test_one_output_channel_does_not_guess_the_channel_of_a_one_hot_label():
+    label = torch.ones(1, 2, 4, 4)
+    with pytest.raises(InputError, match="Labeled\\(value=1\\)"):
+        Labeled().mask(torch.ones(1, 1, 4, 4), label, 0)
+    assert Labeled(value=1).mask(torch.ones(1, 1, 4, 4), label, 0).all()

@@ -81,7 +81,8 @@ class GuidedBackprop(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        require_relu(scoring.terms[0].network, self.name)
+        term, (part,) = next(scoring.parts(self.name, scoring.values))
+        require_relu(term.network, self.name, lambda: term(part))
 
         def attribute(term: Term, inputs: Tensors) -> Tensors:
             method = captum.attr.GuidedBackprop(term.function)

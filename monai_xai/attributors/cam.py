@@ -65,12 +65,13 @@ class ClassActivationAttributor(Attributor):
     def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
         """Return the score of one term and its map, shape (n, 1, *part)."""
         score, activation, gradient = activation_and_gradient(term, inputs, layer)
-        if activation.ndim < 3:
+        image = next(x for x in inputs if x.ndim > 2)
+        if activation.ndim != image.ndim:
             raise UnsupportedNetworkError(
-                f"{self.name} needs a layer with spatial activations, {layer!r} gives {tuple(activation.shape)}."
+                f"{self.name} needs a layer with spatial activations (n, K, *spatial) as the image "
+                f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'."
             )
         cam = self.combine(activation, gradient).relu()
-        image = next(x for x in inputs if x.ndim > 2)
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[image.ndim - 2]
         return score, LayerAttribution.interpolate(cam, tuple(image.shape[2:]), interpolate_mode=mode)
 

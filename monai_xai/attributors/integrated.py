@@ -71,6 +71,8 @@ class IntegratedGradients(BaselineAttributor):
         super().__post_init__()
         if (self.n_steps is not None and self.n_steps < 1) or self.max_steps < 3:
             raise InputError(f"IntegratedGradients needs n_steps >= 1 and max_steps >= 3, got {self}.")
+        if self.is_adaptive and (self.n_steps or 0) > self.max_steps:
+            raise InputError(f"{self} asks for more steps than max_steps={self.max_steps} allows.")
         if self.tolerance is not None and self.tolerance <= 0:
             raise InputError(f"IntegratedGradients(tolerance={self.tolerance}) must be positive.")
 
