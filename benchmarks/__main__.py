@@ -25,8 +25,8 @@ def main() -> None:
         warm_up()
         print(json.dumps(measure(CASES[case]())))
         return
-    for line in [*windows(), *growth(), *regions(), *integration(), *overhead()]:
-        print(line, flush=True)
+    for benchmark in (windows, growth, regions, integration, overhead):
+        print("\n".join(benchmark()), flush=True)
 
 
 def windows() -> list[str]:

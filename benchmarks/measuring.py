@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -37,14 +38,19 @@ def measure(work: Callable[[], float]) -> Cost:
 
 
 def measure_apart(case: str, *, limit_gib: float | None = None) -> Cost | None:
-    """Measure a case of :mod:`benchmarks.cases` in a fresh process; None if it does not live through it."""
+    """Measure a case of :mod:`benchmarks.cases` in a fresh process; None if it does not live through it.
+
+    Freed blocks of more than a mebibyte go back to the system at once (glibc keeps up to 32 otherwise), so that the
+    peak is of what is alive, not of holes in the heap; for all that are compared alike.
+    """
 
     def limit() -> None:
         if limit_gib is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gib * GIB),) * 2)
 
     command = [sys.executable, "-m", "benchmarks", "--case", case]
-    result = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    result = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit, env=environment, check=False)
     return Cost(*json.loads(result.stdout)) if result.returncode == 0 else None
 
 

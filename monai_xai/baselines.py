@@ -218,6 +218,11 @@ def draw_baselines(
     draws = []
     for number, (name, x) in enumerate(inputs.items()):
         own = _for_input(baseline[name] if isinstance(baseline, Mapping) else baseline, number)
+        if not x.is_floating_point() and not isinstance(own, Constant | Samples):
+            raise InputError(
+                f"The input {name!r} holds whole numbers, for which {own} means nothing: give it a baseline of its own "
+                "such as Constant(0) (the number of the padding token) or Samples(...), by its name."
+            )
         draws.append(own.draws(x))
         if not all(torch.isfinite(draw).all() for draw in draws[-1]):
             raise InputError(f"{own} has NaN or infinite values for the input {name!r}.")

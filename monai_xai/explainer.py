@@ -14,6 +14,7 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
+from monai_xai.calls import CalledNetwork, CallForm, find_embeddings
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import Explanation
 from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, Tensors, WholeTerm, guard, undisturbed
@@ -48,6 +49,10 @@ class Explainer:
         inferer: how the network is applied to whole inputs; None calls it on them. Sliding windows are attributed
             exactly, see :mod:`monai_xai.windows`; any other inferer is differentiated or perturbed as a whole.
         channel_names: names of the channels (modalities) by input name.
+        call: how the network takes several inputs: "arguments" by position, "mapping" as one dict by name, "sequence"
+            as one tuple, or the names of those that go by keyword.
+        embeddings: dotted name of the embedding, by input, for inputs of whole numbers (tokens, category codes; shape
+            (N, L)) that more than one embedding sees; their attributions are summed over the embedding.
         progress: whether long work shows a progress bar.
         tolerated_gap: relative completeness gap above which a :class:`CompletenessWarning` is given.
 
@@ -67,6 +72,8 @@ class Explainer:
     channel_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     progress: bool = True
     tolerated_gap: float = 0.05
+    call: CallForm = "arguments"
+    embeddings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.attributor, Attributor):
@@ -117,11 +124,21 @@ class Explainer:
         network = require_module(network)
         named = name_inputs(inputs)
         with undisturbed(network):
-            tensors = {name: _plain(x) for name, x in named.items()}
+            called, tensors = self._prepare(network, {name: _plain(x) for name, x in named.items()})
             plain_label = _plain_label(label)
             plain_prediction = _plain(prediction) if isinstance(prediction, Tensor) else prediction
-            task = _Task(self, network, tensors, plain_label, plain_prediction)
+            task = _Task(self, called, tensors, plain_label, plain_prediction)
             return {name: self._explain(task, target, named) for name, target in task.targets().items()}
+
+    def _prepare(
+        self, network: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[CalledNetwork, dict[str, Tensor]]:
+        """Return the network as a function by position, and inputs of whole numbers at their embedding."""
+        with guard("the look at embeddings", tuple(inputs.values())):
+            called = CalledNetwork(network, tuple(inputs), self.call)
+            embedded = find_embeddings(called, inputs, self.embeddings)
+            embeddings = {name: part.embed(part.numbers) for name, part in embedded.items()}
+        return CalledNetwork(network, tuple(inputs), self.call, embedded), {**inputs, **embeddings}
 
     def _explain(self, task: _Task, target: Target, named: Mapping[str, Tensor]) -> Explanation:
         start = time.perf_counter()
@@ -131,7 +148,10 @@ class Explainer:
             attribution = self.attributor.attribute(scoring)
         self._require_finite(attribution, target)
         explanation = Explanation(
-            attributions={name: _like(values, named[name]) for name, values in attribution.maps.items()},
+            attributions={
+                name: _like(self._per_token(values) if name in task.network.embedded else values, named[name])
+                for name, values in attribution.maps.items()
+            },
             score=attribution.score,
             baseline_score=attribution.baseline_score,
             delta=_delta(attribution) if self.attributor.complete else None,
@@ -145,6 +165,10 @@ class Explainer:
         )
         self._judge(explanation)
         return explanation
+
+    def _per_token(self, values: Tensor) -> Tensor:
+        """Return one value for each token from those of its embedding, shape (N, L, D) to (N, L)."""
+        return values.mean(-1) if self.attributor.paints else values.sum(-1)
 
     def _require_finite(self, attribution: Attribution, target: Target) -> None:
         """Refuse results with NaN or infinite values, whichever part of the work they come from."""
@@ -198,7 +222,7 @@ class _Task:
     def __init__(
         self,
         explainer: Explainer,
-        network: nn.Module,
+        network: CalledNetwork,
         inputs: Mapping[str, Tensor],
         label: Label,
         given: Any,
@@ -231,13 +255,17 @@ class _Task:
         )
         if (sliding := self._sliding) and target.linear:
             scoring = window_scoring(self.network, sliding, target, selection[0], inputs=self.inputs)
-            return replace(scoring, progress=self.progress, drawn=self._drawn)
+            return self._share(scoring)
         whole = self._whole(target.head)
         scored = replace(target, head=None) if isinstance(whole, StitchedNetwork) else target
         function = ScoreFunction(whole, scored, len(self.inputs))
         repeats = whole is not self.network
         scoring = Scoring(self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats)
-        return replace(scoring, progress=self.progress, drawn=self._drawn)
+        return self._share(scoring)
+
+    def _share(self, scoring: Scoring) -> Scoring:
+        """Return a scoring with what all targets of this batch share."""
+        return replace(scoring, progress=self.progress, drawn=self._drawn, embedded=self.network.embedded)
 
     def facts(self, scoring: Scoring) -> dict[str, int]:
         """Return how many windows there are and how many of them matter."""
@@ -331,11 +359,11 @@ def _check_input(name: str, x: Tensor) -> None:
         raise InputError(
             f"The input {name!r} must be a tensor of shape (N, C, *spatial) or (N, F), got {shape}."
         )
-    if not x.is_floating_point():
+    if x.is_complex() or x.dtype == torch.bool or (not x.is_floating_point() and x.ndim > 2):
         raise InputError(
             f"The input {name!r} must be of floating-point numbers, got {x.dtype}: convert with .float()."
         )
-    for sample, values in enumerate(x):
+    for sample, values in enumerate(x if x.is_floating_point() else []):
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise InputError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
+from monai_xai.calls import EmbeddedInput, called_by_position
 from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
 from monai_xai.targets import Target
 
@@ -73,7 +74,7 @@ class Term(ABC):
         """The network inside the function."""
         network = self.function.network
         assert isinstance(network, nn.Module)
-        return network
+        return called_by_position(network)
 
     @abstractmethod
     def selection(self) -> Tensors:
@@ -188,6 +189,7 @@ class Scoring:
             by hooks cannot bear.
         progress: whether long work shows a bar.
         drawn: the baselines of these inputs that were drawn already, by identity: several targets share them.
+        embedded: inputs that were whole numbers and are explained at the output of their embedding.
     """
 
     inputs: Mapping[str, Tensor]
@@ -196,6 +198,7 @@ class Scoring:
     repeats_calls: bool = False
     progress: bool = False
     drawn: dict[int, list[Tensors]] = field(default_factory=dict)
+    embedded: Mapping[str, EmbeddedInput] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensors:
@@ -209,8 +212,16 @@ class Scoring:
     def draw(self, baseline: Baseline | Mapping[str, Baseline]) -> list[Tensors]:
         """Return the baselines of the inputs, one tuple in call order for each draw."""
         if id(baseline) not in self.drawn:
-            self.drawn[id(baseline)] = draw_baselines(baseline, self.inputs)
+            sources = {
+                name: self.embedded[name].numbers if name in self.embedded else x
+                for name, x in self.inputs.items()
+            }
+            self.drawn[id(baseline)] = [self._embed(draw) for draw in draw_baselines(baseline, sources)]
         return self.drawn[id(baseline)]
+
+    def _embed(self, draw: Tensors) -> Tensors:
+        named = zip(self.inputs, draw, strict=True)
+        return tuple(self.embedded[name].embed(x) if name in self.embedded else x for name, x in named)
 
     def track(self, work: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
         """Iterate with a progress bar that appears once the work has taken two seconds."""

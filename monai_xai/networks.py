@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -198,10 +198,14 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def choose_layer(network: nn.Module, inputs: Sequence[Tensor]) -> str:
+def choose_layer(network: nn.Module, call: Callable[[], object]) -> str:
     """Return the name of the layer for class activation maps: the last convolution at the coarsest resolution.
 
     For a classification network this is the last convolution, for a U-shaped one the bottleneck, as in Seg-Grad-CAM.
+
+    Args:
+        network: whose layers are looked at.
+        call: calls the network once.
 
     Raises:
         UnsupportedNetworkError: if no convolution gives a spatial output.
@@ -222,7 +226,7 @@ def choose_layer(network: nn.Module, inputs: Sequence[Tensor]) -> str:
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with torch.no_grad():
-            network(*inputs)
+            call()
     finally:
         for handle in handles:
             handle.remove()

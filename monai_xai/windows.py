@@ -131,7 +131,7 @@ class Windows(Padding):
 
     def is_image(self, x: Tensor) -> bool:
         """Tell whether an input is cut into windows; a vector goes to every window whole."""
-        return x.ndim > 2
+        return x.ndim == len(self.spatial) + 2
 
     def pad(self, x: Tensor) -> Tensor:
         """Return the image as the inferer pads it; vectors as they are."""

@@ -39,6 +39,7 @@ class Attributor(ABC):
 
     - ``complete``: the maps sum to score minus baseline score; the gap is always reported as ``delta``.
     - ``summable``: values are contributions in units of the score and may be added up over voxels.
+    - ``paints``: the value of a feature repeats on all of its voxels.
     - ``linear``: the map of a sum of scores is the sum of the maps.
     - ``needs_layer``: looks at one layer, the field ``layer``.
     - ``stochastic``: draws random numbers, from the field ``seed``.
@@ -48,6 +49,7 @@ class Attributor(ABC):
 
     complete: ClassVar[bool] = False
     summable: ClassVar[bool] = False
+    paints: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     needs_layer: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False

@@ -60,7 +60,7 @@ class ClassActivationAttributor(Attributor):
 
     def _choose(self, scoring: Scoring) -> str:
         term, (inputs,) = next(scoring.parts(self.name, scoring.values))
-        return choose_layer(term.network, [x.clone() for x in inputs])
+        return choose_layer(term.network, lambda: term(inputs))
 
     def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
         """Return the score of one term and its map, shape (n, 1, *part)."""

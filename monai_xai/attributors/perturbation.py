@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class Plan(ABC):
 
 class PerturbationAttributor(BaselineAttributor):
     """A method that attributes to each piece how much the score falls when the baseline takes its place."""
+
+    paints: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, scoring: Scoring) -> Plan:
