@@ -30,7 +30,9 @@ from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, WorstCases
 from monai_xai.inferers import AttributionInferer
+from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_projection, perceptual_score
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
+from monai_xai.tables import ClinicalVariables, Reading, ReferenceRecord, TableSchema, Variable
 from monai_xai.targets import ClassScore, FunctionTarget, MarginScore, OutputScore, RegionScore, Target
 from monai_xai.tensorboard import TensorBoardAttributionHandler
 from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
@@ -53,6 +55,7 @@ __all__ = [
     "ChannelMinimum",
     "Channels",
     "ClassScore",
+    "ClinicalVariables",
     "CompletenessWarning",
     "Component",
     "Constant",
@@ -80,22 +83,30 @@ __all__ = [
     "MarginScore",
     "Mask",
     "Mean",
+    "ModalityExplanation",
+    "ModalityShapley",
     "Noise",
     "NoiseTunnel",
     "Occlusion",
     "OutputScore",
     "Predicted",
+    "Reading",
+    "ReferenceRecord",
     "Region",
     "RegionScore",
     "Saliency",
     "Samples",
     "StitchedNetwork",
+    "TableSchema",
     "Target",
     "TensorBoardAttributionHandler",
     "UnsupportedInfererError",
     "UnsupportedNetworkError",
+    "Variable",
     "Voxel",
     "WorstCases",
     "XaiError",
+    "additive_projection",
     "channel_names",
+    "perceptual_score",
 ]

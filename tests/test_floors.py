@@ -24,7 +24,9 @@ FLOORS = {
     "windows": 1,
     "networks": 1,
     "attributors": 2,
+    "tasks": 3,
     "explainer": 3,
+    "modalities": 3,
     "figures": 4,
     "transforms": 5,
     "inferers": 5,
@@ -45,6 +47,8 @@ NEIGHBORS = {
     "forward": {"calls"},
     "windows": {"forward"},
     "networks": {"forward"},
+    "explainer": {"tasks"},
+    "modalities": {"tasks"},
     "tensorboard": {"handlers"},
     "__main__": {"overlays"},
 }

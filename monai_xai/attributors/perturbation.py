@@ -120,7 +120,10 @@ class _FeaturePlan(Plan):
     count: int
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
-        seen = [_see(mask[0], term.coordinates(x)) for mask, x in zip(self.masks, self.inputs, strict=True)]
+        seen = [
+            see_features(mask[0], term.coordinates(x))
+            for mask, x in zip(self.masks, self.inputs, strict=True)
+        ]
         for source, (mask, differ) in enumerate(zip(seen, differs, strict=True)):
             numbers = torch.unique(mask.expand(differ.shape)[differ.to(mask.device)])
             for number in numbers[numbers >= 0].tolist():
@@ -262,13 +265,17 @@ def _grids(
     return grids
 
 
-def _see(mask: Tensor, axes: Sequence[Tensor]) -> Tensor:
-    """Return what a term sees of feature numbers of one sample; -1 where it sees the fill value of padding."""
+def see_features(mask: Tensor, axes: Sequence[Tensor]) -> Tensor:
+    """Return what a term sees of feature numbers of one sample; -1 where it sees the fill value of padding.
+
+    Shapes: mask (C or 1, *spatial or 1s); result likewise, expandable to the part.
+    """
     seen = mask
     for axis, index in enumerate(axes):
         if mask.shape[axis] > 1:
             seen = seen.index_select(axis, index.clamp(min=0))
-    return torch.where(_outer([index >= 0 for index in axes]), seen, -1)
+    inside = [index >= 0 for index in axes]
+    return seen if all(side.all() for side in inside) else torch.where(_outer(inside), seen, -1)
 
 
 def _outer(sides: Sequence[Tensor]) -> Tensor:
