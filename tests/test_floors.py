@@ -28,6 +28,7 @@ FLOORS = {
     "explainer": 3,
     "modalities": 3,
     "figures": 4,
+    "cohorts": 4,
     "transforms": 5,
     "inferers": 5,
     "handlers": 5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from monai_xai.figures.animation import Animation, animate
 from monai_xai.figures.bars import draw_bars
+from monai_xai.figures.modalities import Step, draw_cohort, draw_interactions, draw_waterfall
 from monai_xai.figures.overlays import draw_montage, draw_planes
 from monai_xai.figures.scene import Scene
 from monai_xai.figures.sheet import encode_png, rasterize
@@ -11,10 +12,14 @@ from monai_xai.figures.sheet import encode_png, rasterize
 __all__ = [
     "Animation",
     "Scene",
+    "Step",
     "animate",
     "draw_bars",
+    "draw_cohort",
+    "draw_interactions",
     "draw_montage",
     "draw_planes",
+    "draw_waterfall",
     "encode_png",
     "rasterize",
 ]

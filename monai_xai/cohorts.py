@@ -1,0 +1,209 @@
+"""Cohorts: what modalities contribute over many cases, with intervals, tests, and a flag for those that collapse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from monai_xai.errors import InputError
+from monai_xai.modalities import ModalityExplanation
+
+_MOST_ENUMERATED = 12
+
+
+class CohortRow(NamedTuple):
+    """One modality under one baseline, over all cases.
+
+    Args:
+        baseline: name of the baseline.
+        modality: name of the modality.
+        n: number of cases.
+        mean: mean signed value, in units of the score.
+        low: lower end of its 95 % interval (bias-corrected and accelerated bootstrap over cases); NaN below 5 cases.
+        high: upper end.
+        p: sign-flip permutation test of a mean of 0, Holm-corrected over the modalities of the baseline.
+        share: mean share of the sum of absolute values, over cases whose score changes; NaN if there is none.
+        share_high: upper end of its 95 % interval.
+        collapsed: whether the network hardly uses it: ``share_high`` is below the threshold.
+    """
+
+    baseline: str
+    modality: str
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    share: float
+    share_high: float
+    collapsed: bool
+
+
+class ModalityCohort:
+    """The modality explanations of many cases.
+
+    Args:
+        collapse_below: a modality has collapsed if the upper end of the interval of its share is below this.
+        seed: seed of the bootstrap and of permutations.
+    """
+
+    def __init__(self, collapse_below: float = 0.01, seed: int = 0) -> None:
+        self.collapse_below = collapse_below
+        self.seed = seed
+        self.cases: dict[str, ModalityExplanation] = {}
+
+    def add(self, case: str, explanation: ModalityExplanation) -> None:
+        """Add a case, a batch of one; the last of two explanations of one case counts.
+
+        Raises:
+            InputError: if its modalities or baselines are others than those of the cases before.
+        """
+        first = next(iter(self.cases.values()), explanation)
+        if (first.modalities, first.baselines) != (explanation.modalities, explanation.baselines):
+            raise InputError(
+                f"{case} has the modalities {explanation.modalities} under {explanation.baselines}, the cases before "
+                f"have {first.modalities} under {first.baselines}."
+            )
+        self.cases[case] = explanation
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities."""
+        return next(iter(self.cases.values())).modalities if self.cases else ()
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the baselines."""
+        return next(iter(self.cases.values())).baselines if self.cases else ()
+
+    def values(self, baseline: str) -> NDArray[np.float64]:
+        """Return signed values, shape (cases, M)."""
+        return np.array([e.values[baseline][0].tolist() for e in self.cases.values()])
+
+    def shares(self, baseline: str) -> NDArray[np.float64]:
+        """Return shares, shape (cases, M), NaN where the score of a case does not change."""
+        return np.array([e.shares(baseline)[0].tolist() for e in self.cases.values()])
+
+    def interactions(self, baseline: str) -> NDArray[np.float64] | None:
+        """Return mean interactions, shape (M, M); None where coalitions were sampled."""
+        found = [
+            e.interactions[baseline][0].tolist() for e in self.cases.values() if e.interactions is not None
+        ]
+        return np.mean(found, axis=0) if found else None
+
+    def rows(self) -> list[CohortRow]:
+        """Return one row per baseline and modality."""
+        found = []
+        for baseline in self.baselines:
+            values, shares = self.values(baseline), self.shares(baseline)
+            known = shares[np.isfinite(shares).all(1)]
+            tests = holm([sign_flip_test(column, self.seed) for column in values.T])
+            for m, modality in enumerate(self.modalities):
+                low, high = interval(values[:, m], self.seed)
+                share = float(known[:, m].mean()) if len(known) else float("nan")
+                share_high = interval(known[:, m], self.seed)[1] if len(known) else float("nan")
+                collapsed = bool(share_high < self.collapse_below)
+                found.append(
+                    CohortRow(
+                        baseline, modality, len(values), float(values[:, m].mean()), low, high, tests[m], share,
+                        share_high, collapsed,
+                    )
+                )  # fmt: skip
+        return found
+
+    def save(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write every number of every case as ``modalities.csv``, and the summary with it as ``modalities.json``.
+
+        Raises:
+            OSError: if a file cannot be written; what was there before is left as it was.
+        """
+        cases = [row for case, explanation in self.cases.items() for row in explanation.rows(case)]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        table, document = Path(folder, "modalities.csv"), Path(folder, "modalities.json")
+        _replace(table, _as_csv(cases))
+        summary = [row._asdict() for row in self.rows()]
+        _replace(document, json.dumps(_without_nan({"cohort": summary, "cases": cases}), indent=1))
+        return table, document
+
+
+def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bias-corrected and accelerated bootstrap interval of a mean; NaN below 5 values.
+
+    Reference: Efron, "Better Bootstrap Confidence Intervals", JASA 1987.
+    """
+    if len(values) < 5:
+        return float("nan"), float("nan")
+    if np.ptp(values) < 1e-12 * max(float(np.abs(values).max()), 1e-300):
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,), np.mean, n_resamples=2000, method="BCa", random_state=np.random.default_rng(seed)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def sign_flip_test(values: NDArray[np.float64], seed: int = 0, n_permutations: int = 9999) -> float:
+    """Return the two-sided p-value of a mean of 0 by flipping signs: all of them up to 12 values, drawn above.
+
+    Reference: Good, "Permutation, Parametric, and Bootstrap Tests of Hypotheses", 2005, section 3.2.
+    """
+    n, observed = len(values), abs(values.mean()) if len(values) else 0.0
+    if n == 0 or not observed:
+        return 1.0
+    if n <= _MOST_ENUMERATED:
+        signs = np.array(list(product((-1.0, 1.0), repeat=n)))
+        return float((np.abs(signs @ values) / n >= observed * (1 - 1e-12)).mean())
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(n_permutations, n))
+    larger = (np.abs(signs @ values) / n >= observed * (1 - 1e-12)).sum()
+    return float((larger + 1) / (n_permutations + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number.
+
+    Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 1979.
+    """
+    order = np.argsort(p_values, kind="stable")
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    text = StringIO()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value in which NaN, which JSON does not know, is None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
