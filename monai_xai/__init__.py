@@ -33,7 +33,15 @@ from monai_xai.inferers import AttributionInferer
 from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_projection, perceptual_score
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
 from monai_xai.tables import ClinicalVariables, Reading, ReferenceRecord, TableSchema, Variable
-from monai_xai.targets import ClassScore, FunctionTarget, MarginScore, OutputScore, RegionScore, Target
+from monai_xai.targets import (
+    ClassScore,
+    DiceScore,
+    FunctionTarget,
+    MarginScore,
+    OutputScore,
+    RegionScore,
+    Target,
+)
 from monai_xai.tensorboard import TensorBoardAttributionHandler
 from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
 from monai_xai.windows import StitchedNetwork
@@ -60,6 +68,7 @@ __all__ = [
     "Component",
     "Constant",
     "DeepLift",
+    "DiceScore",
     "EmptyRegionError",
     "Explain",
     "Explaind",

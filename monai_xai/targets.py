@@ -268,6 +268,40 @@ class RegionScore(Target):
 
 
 @dataclass(frozen=True)
+class DiceScore(Target):
+    """How much of a predicted mask remains: Dice between the mask of any output and the frozen one, from 0 to 1.
+
+    Args:
+        channel: the output channel.
+        region: how an output becomes a mask, and what is held against it: ``Predicted`` for the clean prediction.
+
+    A step function of the output, for methods that perturb; it has no gradient.
+    """
+
+    channel: int
+    region: Predicted = field(default_factory=Predicted)
+
+    def __post_init__(self) -> None:
+        _require_index("DiceScore(channel=...)", self.channel)
+        if not isinstance(self.region, Predicted):
+            raise InputError(f"DiceScore(region=...) needs Predicted(), got {self.region!r}.")
+
+    def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
+        mask = self._mask(output)
+        _region_weights(self, mask, output, "sum")  # refuses empty regions
+        return (mask,)
+
+    def score(self, output: Tensor, *selection: Tensor) -> Tensor:
+        mask, frozen = self._mask(output).flatten(1), selection[0].flatten(1)
+        dice = 2 * (mask & frozen).sum(1) / (mask.sum(1) + frozen.sum(1))
+        return dice.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _mask(self, output: Tensor) -> Tensor:
+        _channel(self, output, self.channel)
+        return self.region.mask(output, None, self.channel)
+
+
+@dataclass(frozen=True)
 class MarginScore(Target):
     """How far one class lies above another: the difference of two channels.
 

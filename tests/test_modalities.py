@@ -16,6 +16,7 @@ from monai_xai import (
     Blocks,
     Box,
     Constant,
+    DiceScore,
     FunctionTarget,
     InputError,
     ModalityShapley,
@@ -223,6 +224,16 @@ def test_a_target_that_is_not_linear_is_played_on_the_stitched_prediction():
     kept = torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1)
     expected = target.function(INFERER(kept, network)) - target.function(INFERER(0 * x, network))
     torch.testing.assert_close(found.single_gain["b"][:, 0], expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_dice_to_the_frozen_prediction_is_played_on_the_stitched_prediction():
+    network, x = small_unet(), random_image(1, 2, 20, 16)
+    found = ModalityShapley(DiceScore(1), {"a": Noise(), "b": 0.0}, INFERER)(network, x)
+    assert found.score.item() == 1.0
+    clean, other = (INFERER(y, network).argmax(1) == 1 for y in (x, torch.cat([x[:, :1], 0 * x[:, 1:]], 1)))
+    dice = 2 * (clean & other).sum() / (clean.sum() + other.sum())
+    assert found.leave_one_out["b"][0, 1].item() == pytest.approx(1 - dice.item())
+    assert found.residual("a").abs().max() < 1e-6
 
 
 def test_two_samples_at_once_equal_each_alone():
