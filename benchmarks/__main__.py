@@ -13,6 +13,7 @@ from monai.networks.nets import UNet
 
 from benchmarks.cases import CASES, integrated_gradients, warm_up
 from benchmarks.measuring import Cost, measure, measure_apart
+from benchmarks.modalities import modalities
 from monai_xai import AttributionHandler, Blur, Explainer, Noise, RegionScore, Saliency
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         warm_up()
         print(json.dumps(measure(CASES[case]())))
         return
-    for benchmark in (windows, growth, regions, integration, overhead):
+    for benchmark in (windows, growth, regions, integration, overhead, modalities):
         print("\n".join(benchmark()), flush=True)
 
 

@@ -491,6 +491,41 @@ def test_deep_lift_refuses_modules_that_captum_does_not_know(module):
         explain(DeepLift(), nn.Sequential(nn.Conv2d(2, 1, 3), module), random_image(1, 2, 16, 16))
 
 
+class TwoEncoders(nn.Module):
+    """CT and PET on two grids, fused late."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ct, self.pet = nn.Conv2d(1, 3, 3, padding=1).double(), nn.Conv2d(1, 3, 3, padding=1).double()
+
+    def forward(self, ct, pet):
+        return (self.ct(ct).relu().mean((2, 3)) * self.pet(pet).relu().mean((2, 3))).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("branch", ["ct", "pet"])
+@pytest.mark.parametrize("method", [GradCam, GradCamPlusPlus, HiResCam], ids=lambda m: m.__name__)
+def test_the_map_of_a_branch_belongs_to_its_image(method, branch):
+    inputs = {"ct": random_image(1, 1, 12, 10), "pet": random_image(1, 1, 6, 5)}
+    explanation = Explainer(OutputScore(), method(branch))(TwoEncoders(), inputs)
+    assert list(explanation.attributions) == [branch]
+    assert explanation.attributions[branch].shape == inputs[branch].shape
+
+
+def test_a_layer_that_sees_two_grids_is_refused():
+    class Late(TwoEncoders):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Identity()
+
+        def forward(self, ct, pet):
+            return self.last(super().forward(ct, pet)[..., None, None]).flatten(1)
+
+    inputs = {"ct": random_image(1, 1, 12, 10), "pet": random_image(1, 1, 6, 5)}
+    with pytest.raises(InputError, match=r"sees \['ct', 'pet'\].*layer of one branch"):
+        Explainer(OutputScore(), GradCam("last"))(Late(), inputs)
+
+
 def test_class_activation_maps_refuse_layers_of_tokens():
     class Tokens(nn.Module):
         def __init__(self):

@@ -27,9 +27,10 @@ class ClassActivationAttributor(Attributor):
 
     Args:
         layer: dotted name of the layer in the network; None takes the last convolution at the coarsest resolution
-            (the bottleneck of a U-shaped network).
+            (the bottleneck of a U-shaped network). Of a network with several encoders, it names the branch.
 
-    The map has one channel on the grid of the first image among the inputs, is never negative, and has no unit.
+    The map has one channel on the grid of the image that the layer sees (the first of several on one grid), is never
+    negative, and has no unit.
     """
 
     layer: str | None = None
@@ -44,14 +45,13 @@ class ClassActivationAttributor(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        name, image = next(((name, x) for name, x in scoring.inputs.items() if x.ndim > 2), ("", None))
-        if image is None:
-            raise InputError(f"{self.name} needs an image among the inputs {list(scoring.inputs)}.")
         layer = self.layer or self._choose(scoring)
+        name = self._image_of(scoring, layer)
+        place = list(scoring.inputs).index(name)
         scores: list[Tensor] = []
-        total = torch.zeros_like(scoring.padding.pad(image[:, :1]))
+        total = torch.zeros_like(scoring.padding.pad(scoring.inputs[name][:, :1]))
         for term, (inputs,) in scoring.parts(self.name, scoring.values):
-            score, cam = self._term_map(term, inputs, layer)
+            score, cam = self._term_map(term, inputs, layer, place)
             scores.append(score)
             term.add([total], [cam.to(total) * term.blending()])
         return Attribution(
@@ -62,10 +62,30 @@ class ClassActivationAttributor(Attributor):
         term, (inputs,) = next(scoring.parts(self.name, scoring.values))
         return choose_layer(term.network, lambda: term(inputs))
 
-    def _term_map(self, term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor]:
+    def _image_of(self, scoring: Scoring, layer: str) -> str:
+        """Return the name of the image that a layer sees."""
+        images = {name: tuple(x.shape[2:]) for name, x in scoring.inputs.items() if x.ndim > 2}
+        if not images:
+            raise InputError(f"{self.name} needs an image among the inputs {list(scoring.inputs)}.")
+        if len(images) == 1:
+            return next(iter(images))
+        term, (inputs,) = next(scoring.parts(self.name, scoring.values))
+        seen = [
+            name
+            for name, is_seen in zip(scoring.inputs, inputs_of_layer(term, inputs, layer), strict=True)
+            if is_seen and name in images
+        ]
+        if len({images[name] for name in seen}) != 1:
+            raise InputError(
+                f"The layer {layer!r} sees {seen or 'none'} of the images {images}, so that its map has no grid: "
+                f"choose a layer of one branch, {self.name}(layer='...')."
+            )
+        return seen[0]
+
+    def _term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         """Return the score of one term and its map, shape (n, 1, *part)."""
         score, activation, gradient = activation_and_gradient(term, inputs, layer)
-        image = next(x for x in inputs if x.ndim > 2)
+        image = inputs[place]
         if activation.ndim != image.ndim:
             raise UnsupportedNetworkError(
                 f"{self.name} needs a layer with spatial activations (n, K, *spatial) as the image "
@@ -148,6 +168,26 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
     (gradient,) = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
     activation = outputs[0].detach()
     return score.detach(), activation, torch.zeros_like(activation) if gradient is None else gradient
+
+
+def inputs_of_layer(term: Term, inputs: Tensors, layer: str) -> list[bool]:
+    """Return for each input of a term whether a layer's activation depends on it."""
+    activations: list[Tensor] = []
+
+    def keep(module: nn.Module, arguments: object, output: Tensor) -> None:
+        activations.append(output)
+
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    handle = find_layer(term.network, layer).register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            term.function(*(x.clone() for x in leaves), *term.selection())
+    finally:
+        handle.remove()
+    if not activations or not isinstance(activations[0], Tensor) or not activations[0].requires_grad:
+        return [False] * len(inputs)
+    gradients = torch.autograd.grad(activations[0].sum(), leaves, allow_unused=True)
+    return [gradient is not None for gradient in gradients]
 
 
 def _grid_axes(x: Tensor) -> tuple[int, ...]:
