@@ -17,6 +17,8 @@ from monai_xai.attributors import (
     Saliency,
 )
 from monai_xai.baselines import Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
+from monai_xai.cases import WorstCases
+from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import (
     AttributionError,
     EmptyRegionError,
@@ -28,7 +30,7 @@ from monai_xai.errors import (
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
-from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, WorstCases
+from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
 from monai_xai.inferers import AttributionInferer
 from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_projection, perceptual_score
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
@@ -92,6 +94,8 @@ __all__ = [
     "MarginScore",
     "Mask",
     "Mean",
+    "ModalityCohort",
+    "ModalityCohortHandler",
     "ModalityExplanation",
     "ModalityShapley",
     "Noise",

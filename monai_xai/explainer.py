@@ -127,6 +127,7 @@ class Explainer:
                 name: tuple(self.channel_names[name]) for name in task.given if name in self.channel_names
             },
             facts={**task.facts(scoring), **attribution.facts},
+            unit=target.unit,
         )
         self._judge(explanation)
         return explanation

@@ -35,6 +35,7 @@ class Explanation:
         summable: whether values are contributions in units of the score, so that they may be added up.
         channels: names of the channels (modalities) by input name.
         facts: further numbers, such as ``windows``, ``active_windows``, ``passes`` or ``layer``.
+        unit: of the score, such as "years"; empty if none was given.
     """
 
     attributions: Mapping[str, Tensor]
@@ -48,6 +49,7 @@ class Explanation:
     summable: bool = False
     channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    unit: str = ""
 
     @property
     def gap(self) -> Tensor | None:

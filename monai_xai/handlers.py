@@ -1,16 +1,15 @@
 """Ignite handlers: explanations inside training and evaluation loops.
 
 :class:`AttributionHandler` computes and never draws; :mod:`monai_xai.tensorboard` draws and never computes. Between
-them stands the event :attr:`AttributionEvents.ATTRIBUTION_COMPLETED` and ``engine.state.explained``.
+them stand the events :class:`AttributionEvents` and ``engine.state.explained``.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,22 +20,30 @@ from monai.data import MetaTensor
 from monai.engines import Evaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
-from monai.metrics import DiceHelper
-from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from monai_xai.errors import InputError, XaiError
+from monai_xai.batches import Batch, row_of
+from monai_xai.cases import Cases, as_cases
+from monai_xai.cohorts import ModalityCohort
+from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation
-from monai_xai.forward import preserved_generators
+from monai_xai.modalities import ModalityExplanation, ModalityShapley
+from monai_xai.targets import Target, pick_head
 
 logger = logging.getLogger(__name__)
 
+AnyExplainer = Explainer | ModalityShapley
+AnyExplanation = Explanation | ModalityExplanation
+
 
 class AttributionEvents(EventEnum):
-    """Events that :class:`AttributionHandler` fires on the engine it is attached to."""
+    """Events that handlers fire on the engine they are attached to."""
 
     ATTRIBUTION_COMPLETED = "attribution_completed"
+    """A case is explained: ``engine.state.explained`` holds an :class:`ExplainedCase`."""
+    COHORT_COMPLETED = "cohort_completed"
+    """An epoch of explained cases is over: ``engine.state.cohorts`` holds cohorts by explainer."""
 
 
 def register_events(engine: Engine) -> None:
@@ -53,146 +60,37 @@ class ExplainedCase:
         name: name of the case.
         explanations: explanations by explainer name.
         inputs: what went into the network, by name.
-        prediction: the network's output, shape (1, C, ...), if it is one tensor.
-        label: ground truth, if there is one.
+        prediction: the network's output, shape (1, C, ...); of several heads, the one that is explained.
+        label: ground truth, if there is one; of several heads, the one that is explained.
         epoch: epoch of the engine; for a MONAI evaluator inside training, the epoch of the training.
     """
 
     name: str
-    explanations: Mapping[str, Explanation]
+    explanations: Mapping[str, AnyExplanation]
     inputs: Mapping[str, Tensor]
     prediction: Tensor | None
     label: Tensor | None
     epoch: int
 
 
-class Cases(ABC):
-    """Which cases of an epoch are explained."""
-
-    def start_epoch(self) -> None:  # noqa: B027 - most choices keep nothing between batches
-        """Forget what was seen in the epoch before."""
-
-    @abstractmethod
-    def due(
-        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
-    ) -> tuple[int, ...]:
-        """Return the samples of a batch that are to be explained.
-
-        Args:
-            first: index in the epoch of the first sample of the batch.
-            size: number of samples of the batch.
-            engine: the engine, whose ``state.output`` holds prediction and label.
-            names: returns the names of the cases.
-        """
-
-
-@dataclass(frozen=True)
-class FirstCases(Cases):
-    """The first ``n`` cases of an epoch."""
-
-    n: int
-
-    def due(
-        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
-    ) -> tuple[int, ...]:
-        return tuple(range(min(size, max(self.n - first, 0))))
-
-
-@dataclass(frozen=True)
-class ChosenCases(Cases):
-    """Cases by index in the epoch (numbers) or by name (strings)."""
-
-    chosen: frozenset[int | str]
-
-    def due(
-        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
-    ) -> tuple[int, ...]:
-        by_name = any(isinstance(choice, str) for choice in self.chosen)
-        own = names() if by_name else ("",) * size
-        return tuple(i for i in range(size) if first + i in self.chosen or own[i] in self.chosen)
-
-
-class WorstCases(Cases):
-    """The ``n`` cases of an epoch with the lowest metric.
-
-    Whether a case is among the worst is decided when it comes, against those before it: the ``n`` worst are always
-    explained, and early in an epoch some that turn out better. Cases whose metric is NaN (no lesion) are left out.
-
-    Args:
-        n: how many.
-        metric: ``metric(prediction, label)`` returns one number per sample, shape (N,), higher is better. Default:
-            mean Dice of the foreground classes of an arg-max segmentation.
-    """
-
-    def __init__(self, n: int, metric: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        self.n = n
-        self.metric = metric or foreground_dice
-        self._worst: list[float] = []
-
-    def start_epoch(self) -> None:
-        self._worst.clear()
-
-    def due(
-        self, first: int, size: int, engine: Engine, names: Callable[[], tuple[str, ...]]
-    ) -> tuple[int, ...]:
-        prediction, label = engine.state.output[CommonKeys.PRED], engine.state.output.get(CommonKeys.LABEL)
-        if label is None:
-            raise InputError("WorstCases needs a label in the batch; choose FirstCases(n) or name the cases.")
-        with torch.no_grad():
-            values = self.metric(prediction, label).reshape(size).tolist()
-        return tuple(i for i, value in enumerate(values) if self._is_among_worst(value))
-
-    def _is_among_worst(self, value: float) -> bool:
-        if math.isnan(value):
-            return False
-        key = -value
-        if len(self._worst) < self.n:
-            heapq.heappush(self._worst, key)
-            return True
-        return heapq.heappushpop(self._worst, key) != key
-
-
-def foreground_dice(prediction: Tensor, label: Tensor) -> Tensor:
-    """Return the mean Dice of the foreground classes, shape (N,); an output of one channel is cut at 0."""
-    one_channel = prediction.shape[1] == 1
-    classes = (prediction > 0).long() if one_channel else prediction.argmax(1, keepdim=True)
-    truth = label if label.shape[1] == 1 else label.argmax(1, keepdim=True)
-    helper = DiceHelper(
-        include_background=False,
-        reduction="none",
-        num_classes=max(prediction.shape[1], 2),
-        get_not_nans=False,
-    )
-    return torch.as_tensor(helper(classes, truth)).nanmean(1)
-
-
-def as_cases(value: Cases | int | str | Sequence[int | str]) -> Cases:
-    """Coerce a number into :class:`FirstCases` and a list of indices or names into :class:`ChosenCases`."""
-    if isinstance(value, Cases):
-        return value
-    if isinstance(value, int):
-        return FirstCases(value)
-    if not isinstance(value, str | Iterable):
-        raise InputError(
-            f"AttributionHandler(cases={value!r}) needs a number, indices or case names, or WorstCases(n)."
-        )
-    return ChosenCases(frozenset([value] if isinstance(value, str) else value))
-
-
 class AttributionHandler:
     """Compute explanations inside an engine's loop, and change nothing else in it.
 
     In evaluators it explains at ``IterationEvents.FORWARD_COMPLETED``, so that the maps are in
-    ``engine.state.output[key]`` (one entry per input; ``<explainer>_<input>`` if there are several explainers) before
-    decollation, and the bundle's own ``Invertd`` and ``SaveImaged`` carry them on; in trainers at
-    ``BACKWARD_COMPLETED``; in plain ignite engines at ``ITERATION_COMPLETED``. Cases are explained one by one, so that
-    one that cannot be explained takes nothing from the others. In a batch that is explained in part, the maps of the
+    ``engine.state.output[key]`` before decollation, and the bundle's own ``Invertd`` and ``SaveImaged`` carry them on;
+    in trainers at ``BACKWARD_COMPLETED``; in plain ignite engines at ``ITERATION_COMPLETED``. Maps go by the name of
+    their input where there is one explainer with one target; else by ``<explainer>_<input>``, or
+    ``<explainer>_<target>_<input>`` where it has several targets (every lesion, say).
+
+    Cases are explained one by one and their maps are put where they belong at once, so that one that cannot be
+    explained, or an interruption, takes nothing from the others. In a batch that is explained in part, the maps of the
     other cases are NaN; :class:`~monai_xai.transforms.FlattenAttributionsd` leaves those out.
 
     Args:
-        explainer: one explainer, or several by name. An explainer without inferer takes the engine's.
+        explainer: an :class:`~monai_xai.Explainer` or :class:`~monai_xai.ModalityShapley`, or several by name. One
+            without inferer takes the engine's.
         cases: which cases of an epoch: a number for the first ones, a list of indices or case names, or
-            :class:`WorstCases`.
+            :class:`~monai_xai.cases.WorstCases`.
         interval: explain in every ``interval``-th epoch, or in the epochs of a list.
         network: the network, if the engine has none of its own or another is meant.
         key: where maps go in ``engine.state.output``.
@@ -202,7 +100,7 @@ class AttributionHandler:
 
     def __init__(
         self,
-        explainer: Explainer | Mapping[str, Explainer],
+        explainer: AnyExplainer | Mapping[str, AnyExplainer],
         cases: Cases | int | Sequence[int | str] = 1,
         *,
         interval: int | Sequence[int] = 1,
@@ -213,10 +111,12 @@ class AttributionHandler:
     ) -> None:
         if on_error not in ("log", "raise"):
             raise InputError(f"AttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
-        if isinstance(interval, int) and interval < 1:
-            raise InputError(f"AttributionHandler(interval={interval}) must be at least 1.")
-        self.is_single = not isinstance(explainer, Mapping)
+        if not isinstance(interval, int | Sequence) or (isinstance(interval, int) and interval < 1):
+            raise InputError(
+                f"AttributionHandler(interval={interval!r}) must be a number from 1 or a list of epochs."
+            )
         self.explainers = _named(explainer)
+        self.has_one_map = not isinstance(explainer, Mapping) and _has_one_target(explainer)
         self.cases = as_cases(cases)
         self.interval = interval
         self.network = network
@@ -233,66 +133,72 @@ class AttributionHandler:
         register_events(engine)
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(_event(engine), self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
     def _start_epoch(self, engine: Engine) -> None:
         self._seen = 0
         self.cases.start_epoch()
 
+    def _end_epoch(self, engine: Engine) -> None:
+        if self._is_due_in(engine.state.epoch) and (missing := self.cases.missing()):
+            logger.warning("AttributionHandler: %s", missing)
+
     def __call__(self, engine: Engine) -> None:
         """Explain the engine's batch if one of its cases is due."""
         if not self._is_due_in(engine.state.epoch):
             return
+        batch = Batch(engine, self._seen, self.case_key)
+        for row in self._rows_due(engine, batch):
+            self._explain_row(engine, batch, row)
+
+    def _rows_due(self, engine: Engine, batch: Batch) -> tuple[int, ...]:
+        """Return the rows of a batch to be explained; what they need can be read if there are any."""
         try:
-            self._explain_if_due(engine)
+            self._seen += batch.size
+            rows = self.cases.due(batch.first, batch)
+            return rows if rows and batch.names and batch.inputs else ()
         except Exception as error:
             self._fail(error, f"epoch {engine.state.epoch}, iteration {engine.state.iteration}")
+            return ()
 
     def _is_due_in(self, epoch: int) -> bool:
         return epoch in self.interval if isinstance(self.interval, Sequence) else epoch % self.interval == 0
 
-    def _explain_if_due(self, engine: Engine) -> None:
-        size = _batch_size(engine)
-        first, self._seen = self._seen, self._seen + size
-        due = self.cases.due(first, size, engine, lambda: self._names(engine, first, size))
-        if not due:
-            return
-        names = self._names(engine, first, size)
-        inputs, label = self._batch(engine)
-        rows = [
-            self._explain_case(engine, i, names[i], inputs, label) if i in due else {} for i in range(size)
-        ]
-        self._put(engine, rows, inputs)
-
-    def _explain_case(
-        self, engine: Engine, row: int, name: str, inputs: Mapping[str, Tensor], label: Tensor | None
-    ) -> dict[str, Explanation]:
-        """Explain one row of the batch, tell those who listen, and return its explanations by explainer."""
-        own = {key: _row(x, row) for key, x in inputs.items()}
-        own_label, prediction = _row(label, row), _row(_prediction(engine), row)
-        explanations: dict[str, Explanation] = {}
+    def _explain_row(self, engine: Engine, batch: Batch, row: int) -> None:
+        """Explain one row of the batch, put its maps where they belong, and tell those who listen."""
+        name, inputs, label = batch.names[row], row_of(batch.inputs, row), row_of(batch.label, row)
+        prediction = row_of(batch.prediction, row)
+        explanations: dict[str, AnyExplanation] = {}
         for explainer_name, explainer in self.explainers.items():
+            where = f"case {name}, {explainer_name}"
             try:
-                found = self._run(engine, explainer, own, own_label, prediction)
+                with _place_in_warnings(where):
+                    found = self._run(engine, _called(explainer, batch), inputs, label, prediction)
+                own = {"_".join(filter(None, (explainer_name, part))): e for part, e in found.items()}
+                self._put(engine, batch, row, own)
             except Exception as error:
-                self._fail(error, f"case {name}, {explainer.attributor.name}")
+                self._fail(error, where)
                 continue
-            explanations |= {"_".join(filter(None, (explainer_name, part))): e for part, e in found.items()}
-        if explanations:
-            shown = prediction if isinstance(prediction, Tensor) else None
-            engine.state.explained = ExplainedCase(
-                name, explanations, own, shown, own_label, engine.state.epoch
-            )
+            explanations |= own
+        if not explanations:
+            return
+        head = _head(next(iter(self.explainers.values())))
+        engine.state.explained = ExplainedCase(
+            name, explanations, inputs, _part(prediction, head), _part(label, head), engine.state.epoch
+        )
+        try:
             engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
-        return explanations
+        except Exception as error:
+            self._fail(error, f"case {name}, what listens to its explanation")
 
     def _run(
         self,
         engine: Engine,
-        explainer: Explainer,
+        explainer: AnyExplainer,
         inputs: Mapping[str, Tensor],
-        label: Tensor | None,
+        label: Any,
         prediction: Any,
-    ) -> dict[str, Explanation]:
+    ) -> Mapping[str, AnyExplanation]:
         network, own = self._network(engine), getattr(engine, "inferer", None)
         is_what_ran = (
             isinstance(engine, Evaluator)
@@ -304,24 +210,27 @@ class AttributionHandler:
         return explainer.explain(network, inputs, label=label, prediction=prediction if is_what_ran else None)
 
     def _put(
-        self, engine: Engine, rows: Sequence[Mapping[str, Explanation]], inputs: Mapping[str, Tensor]
+        self, engine: Engine, batch: Batch, row: int, explanations: Mapping[str, AnyExplanation]
     ) -> None:
-        """Put the maps where post-processing, metrics and later handlers find them; NaN in rows without any."""
+        """Put maps where post-processing, metrics and later handlers find them; NaN in rows without any.
+
+        Raises:
+            InputError: if another handler has put a map of that name there.
+        """
         if not isinstance(engine.state.output, dict):
             return
-        maps: dict[str, dict[int, Tensor]] = {}
-        sources: dict[str, Tensor] = {}
-        alone = self.is_single and all(len(row) <= 1 for row in rows)
-        for number, row in enumerate(rows):
-            for explained, explanation in row.items():
-                for name, values in explanation.attributions.items():
-                    key = name if alone else f"{explained}_{name}"
-                    maps.setdefault(key, {})[number] = values
-                    sources[key] = inputs[name]
-        if maps:
-            engine.state.output[self.key] = {
-                key: _stack(values, len(rows), sources[key]) for key, values in maps.items()
-            }
+        maps = engine.state.output.setdefault(self.key, {})
+        for explained, explanation in explanations.items():
+            for name, values in explanation.attributions.items():
+                key = name if self.has_one_map else f"{explained}_{name}"
+                if key not in maps:
+                    maps[key] = _empty(values, batch.size, batch.inputs[name])
+                elif not torch.isnan(maps[key][row]).all():
+                    raise InputError(
+                        f"There is a map {self.key!r}, {key!r} of this case already: give two handlers on one engine "
+                        "different keys, AttributionHandler(key=...)."
+                    )
+                maps[key][row] = values.as_tensor()[0] if isinstance(values, MetaTensor) else values[0]
 
     def _network(self, engine: Engine) -> torch.nn.Module:
         network = self.network if self.network is not None else getattr(engine, "network", None)
@@ -331,52 +240,92 @@ class AttributionHandler:
             )
         return network
 
-    def _batch(self, engine: Engine) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return the inputs of the network by name, as the engine fed them, and the label."""
-        prepare = getattr(engine, "prepare_batch", None)
-        if prepare is None:
-            raise InputError(
-                f"{type(engine).__name__} has no prepare_batch: use a MONAI trainer or evaluator."
-            )
-        with preserved_generators():
-            batch = prepare(engine.state.batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
-        image, label, *further = batch
-        arguments, keywords = further or ((), {})
-        if keywords:
-            raise InputError(
-                f"The network takes keyword inputs {sorted(keywords)}, which have no place in the call order. Use "
-                "PrepareBatchExtraInput with a list of keys, so that they are positional."
-            )
-        if isinstance(engine.state.output, dict):
-            image, label = (
-                engine.state.output.get(CommonKeys.IMAGE, image),
-                engine.state.output.get(CommonKeys.LABEL, label),
-            )
-        names = getattr(prepare, "extra_keys", None) or [f"input{i + 1}" for i in range(len(arguments))]
-        names = [names] if isinstance(names, str) else names
-        return {CommonKeys.IMAGE: image, **dict(zip(names, arguments, strict=True))}, label
-
-    def _names(self, engine: Engine, first: int, size: int) -> tuple[str, ...]:
-        """Return the names of the cases: the batch's own, else file names, else their number in the epoch."""
-        batch = engine.state.batch
-        names = batch.get(self.case_key) if isinstance(batch, Mapping) else None
-        if names is None and isinstance(batch, Mapping):
-            image = batch.get(CommonKeys.IMAGE)
-            files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-            names = (
-                None
-                if files is None
-                else [Path(str(file).removesuffix(".gz")).stem for file in _as_list(files)]
-            )
-        names = [f"case{first + i}" for i in range(size)] if names is None else _as_list(names)
-        return tuple(str(name.item() if isinstance(name, Tensor) else name) for name in names)
-
     def _fail(self, error: Exception, where: str) -> None:
         if self.on_error == "raise":
-            raise error
+            raise _placed(error, where) from error
         self.failures += 1
         trace = None if isinstance(error, XaiError) else error
         logger.warning("Not explained: %s (failure %d): %s", where, self.failures, error, exc_info=trace)
+
+
+class ModalityCohortHandler:
+    """Gather the modality explanations of an epoch, save every number, and warn of modalities that collapse.
+
+    Attached to the engine of an :class:`AttributionHandler` with a :class:`~monai_xai.ModalityShapley`. At the end of
+    each epoch the cohorts are in ``engine.state.cohorts`` by explainer, for
+    :class:`~monai_xai.TensorBoardAttributionHandler` to draw, and ``modalities.csv`` and ``modalities.json`` of the
+    epoch are in ``output_dir`` (one folder per explainer if there are several).
+
+    Args:
+        output_dir: where files go; None saves none.
+        collapse_below: a modality has collapsed if the upper end of the 95 % interval of its share over the cohort is
+            below this.
+        seed: seed of the bootstrap.
+    """
+
+    def __init__(
+        self, output_dir: str | Path | None = None, *, collapse_below: float = 0.01, seed: int = 0
+    ) -> None:
+        self.output_dir = output_dir
+        self.collapse_below = collapse_below
+        self.seed = seed
+        self._cohorts: dict[str, ModalityCohort] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the engine that is explained; a second time does nothing."""
+        register_events(engine)
+        if engine.has_event_handler(self._add, AttributionEvents.ATTRIBUTION_COMPLETED):
+            return
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self._cohorts.clear())
+        engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._complete)
+
+    def _add(self, engine: Engine) -> None:
+        explained: ExplainedCase = engine.state.explained
+        for name, explanation in explained.explanations.items():
+            if isinstance(explanation, ModalityExplanation):
+                cohort = self._cohorts.setdefault(name, ModalityCohort(self.collapse_below, self.seed))
+                cohort.add(explained.name, explanation)
+
+    def _complete(self, engine: Engine) -> None:
+        if not self._cohorts:
+            return
+        for name, cohort in self._cohorts.items():
+            for row in (row for row in cohort.rows() if row.collapsed):
+                logger.warning(
+                    "%s, epoch %d: the modality %s has collapsed under the baseline %s: its share over %d cases is "
+                    "%.2g, at most %.2g. The network hardly uses it.",
+                    name, engine.state.epoch, row.modality, row.baseline, row.n, row.share, row.share_high,
+                )  # fmt: skip
+            if self.output_dir is not None:
+                cohort.save(Path(self.output_dir, name) if len(self._cohorts) > 1 else self.output_dir)
+        engine.state.cohorts = dict(self._cohorts)
+        engine.fire_event(AttributionEvents.COHORT_COMPLETED)
+
+
+def _placed(error: Exception, where: str) -> Exception:
+    """Return the same error with its place in front."""
+    if isinstance(error, XaiError):
+        return type(error)(f"{where}: {error}")
+    return AttributionError(f"{where}: {type(error).__name__}: {error}")
+
+
+class _place_in_warnings(warnings.catch_warnings):  # noqa: N801 - a context manager, like its base
+    """Give warnings again at the end of the block, with their place in front."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(record=True)
+        self._where = where
+
+    def __enter__(self) -> Any:
+        self._caught = super().__enter__()
+        warnings.simplefilter("always")
+        return self._caught
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for warning in self._caught or ():
+            warnings.warn(f"{self._where}: {warning.message}", warning.category, stacklevel=2)
 
 
 def _event(engine: Engine) -> Any:
@@ -385,46 +334,47 @@ def _event(engine: Engine) -> Any:
     return IterationEvents.FORWARD_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
 
 
-def _batch_size(engine: Engine) -> int:
-    output, batch = engine.state.output, engine.state.batch
-    image = output.get(CommonKeys.IMAGE) if isinstance(output, dict) else None
-    if image is None:
-        image = batch[CommonKeys.IMAGE] if isinstance(batch, Mapping) else batch[0]
-    return len(image)
-
-
-def _prediction(engine: Engine) -> Any:
-    return engine.state.output.get(CommonKeys.PRED) if isinstance(engine.state.output, dict) else None
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str) else list(value)
-
-
-def _named(explainer: Explainer | Mapping[str, Explainer]) -> dict[str, Explainer]:
+def _named(explainer: AnyExplainer | Mapping[str, AnyExplainer]) -> dict[str, AnyExplainer]:
     named = dict(explainer) if isinstance(explainer, Mapping) else {"": explainer}
     for value in named.values():
-        if not isinstance(value, Explainer):
+        if not isinstance(value, AnyExplainer):
             raise InputError(f"AttributionHandler needs an Explainer or several by name, got {value!r}.")
-    return {name or value.attributor.name: value for name, value in named.items()}
+    return {name or _method(value): value for name, value in named.items()}
 
 
-def _row(value: Any, row: int) -> Any:
-    """Return one row of a batched tensor, or of the tensors in a list or dict, with a batch axis of one."""
-    if isinstance(value, Tensor):
-        return value[row : row + 1]
-    if isinstance(value, Mapping):
-        return {key: _row(part, row) for key, part in value.items()}
-    return [_row(part, row) for part in value] if isinstance(value, list | tuple) else value
+def _method(explainer: AnyExplainer) -> str:
+    return explainer.attributor.name if isinstance(explainer, Explainer) else "modalities"
 
 
-def _stack(maps: Mapping[int, Tensor], size: int, source: Tensor) -> Tensor:
-    """Return a batch of maps, NaN in the rows that have none, in the space of the input."""
-    first = next(iter(maps.values()))
-    plain = first.as_tensor() if isinstance(first, MetaTensor) else first
-    batch = plain.new_full((size, *first.shape[1:]), math.nan)
-    for row, values in maps.items():
-        batch[row] = values.as_tensor()[0] if isinstance(values, MetaTensor) else values[0]
+def _has_one_target(explainer: AnyExplainer) -> bool:
+    return isinstance(explainer.target, Target) and not explainer.target.is_several
+
+
+def _called(explainer: AnyExplainer, batch: Batch) -> AnyExplainer:
+    """Return an explainer that calls the network as the engine does, unless it has a way of its own."""
+    return replace(explainer, call=batch.call) if explainer.call == "arguments" else explainer
+
+
+def _head(explainer: AnyExplainer) -> str | int | None:
+    target = explainer.target
+    first = next(iter(target.values())) if isinstance(target, Mapping) else target
+    return first.head if isinstance(first, Target) else None
+
+
+def _part(value: Any, head: str | int | None) -> Tensor | None:
+    """Return the part of a prediction or label that belongs to a head; None if there is no such tensor."""
+    if isinstance(value, Tensor | None):
+        return value
+    try:
+        return pick_head(value, head)
+    except InputError:
+        return None
+
+
+def _empty(values: Tensor, size: int, source: Tensor) -> Tensor:
+    """Return a batch of maps that are NaN, in the space of their input."""
+    plain = values.as_tensor() if isinstance(values, MetaTensor) else values
+    batch = plain.new_full((size, *values.shape[1:]), math.nan)
     return (
         MetaTensor(batch).copy_meta_from(source, copy_attr=True) if isinstance(source, MetaTensor) else batch
     )

@@ -27,6 +27,8 @@ from monai_xai.calls import CallForm
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.features import Features, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, Tensors, Term, guard
+from monai_xai.tables import ClinicalVariables
+from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 
 MOST_EXACT = 10
@@ -53,10 +55,12 @@ class ModalityExplanation:
         parts: where a drill-down was asked for: Owen values of the parts of each modality, by baseline and modality,
             shape (N, number of parts); they sum to the modality's value.
         maps: the Owen values painted on the inputs, by baseline and input.
+        part_names: names of the parts by modality, for each sample; clinical variables with what they are in it.
         seconds: time it took.
         target: as written in code.
         seed: the seed of permutations.
         facts: further numbers, such as ``evaluations``.
+        unit: of the score, such as "years"; empty if none was given.
     """
 
     modalities: tuple[str, ...]
@@ -70,10 +74,17 @@ class ModalityExplanation:
     agreement: Tensor
     parts: Mapping[str, Mapping[str, Tensor]]
     maps: Mapping[str, Mapping[str, Tensor]]
+    part_names: Mapping[str, Sequence[Sequence[str]]]
     seconds: float
     target: str
     seed: int
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    unit: str = ""
+
+    @property
+    def attributions(self) -> Mapping[str, Tensor]:
+        """Maps under the first baseline, by input; empty without a drill-down."""
+        return next(iter(self.maps.values()), {})
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -229,11 +240,11 @@ class ModalityShapley:
         """Explain a batch, and return explanations by target name ("" for a single one)."""
         with open_task(self, network, inputs, label, prediction) as task:
             return {
-                name: self._explain(task.scoring(target), str(target), task)
+                name: self._explain(task.scoring(target), target, task)
                 for name, target in task.targets().items()
             }
 
-    def _explain(self, scoring: Scoring, target: str, task: Task) -> ModalityExplanation:
+    def _explain(self, scoring: Scoring, target: Target, task: Task) -> ModalityExplanation:
         start = time.perf_counter()
         with guard("ModalityShapley", scoring.values):
             table, score = self._players(scoring), scoring.score()
@@ -263,15 +274,30 @@ class ModalityShapley:
                 for name, result in results.items()
                 if result.parts
             },
+            part_names=self._part_names(table, task.given) if self.parts is not None else {},
             seconds=time.perf_counter() - start,
-            target=target,
+            target=str(target),
             seed=self.seed,
             facts={
                 **task.facts(scoring),
                 "evaluations": len(scoring.terms) + sum(result.evaluations for result in results.values()),
                 "method": f"ModalityShapley({self.modalities})",
             },
+            unit=target.unit,
         )
+
+    def _part_names(self, players: _Players, inputs: Mapping[str, Tensor]) -> dict[str, list[list[str]]]:
+        """Return the names of the parts of each modality, for each sample."""
+        size = len(next(iter(inputs.values())))
+        found = {
+            name: [[f"{name} part {i}" for i in range(len(parts))]] * size
+            for name, parts in zip(players.names, players.members, strict=True)
+        }
+        if isinstance(self.parts, ClinicalVariables):
+            for name, x in inputs.items():
+                if name in found and x.ndim == 2 and (schema := self.parts.schema(name)):
+                    found[name] = [list(schema.read_players(row).values()) for row in x]
+        return found
 
     def _players(self, scoring: Scoring) -> _Players:
         whole = set(scoring.embedded) if self.modalities == "channels" else set(scoring.inputs)

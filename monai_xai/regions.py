@@ -50,6 +50,11 @@ class Region(ABC):
         Shapes: result (N, 1, *spatial), bool.
         """
 
+    @property
+    def is_several(self) -> bool:
+        """Whether it stands for as many regions as :meth:`each` finds."""
+        return False
+
     def each(self, output: Tensor, label: Tensor | None, channel: int) -> dict[str, Region]:
         """Return the regions that this one stands for, by name; empty for a region that stands for itself."""
         return {}
@@ -133,6 +138,10 @@ class Component(Region):
     def needs(self) -> Needs:  # type: ignore[override]
         """What the region that is taken apart looks at."""
         return self.of.needs
+
+    @property
+    def is_several(self) -> bool:
+        return self.k is None
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         if self.k is None:

@@ -266,6 +266,13 @@ class TableSchema:
             start += variable.width
         return readings
 
+    def read_players(self, vector: Tensor) -> dict[str, str]:
+        """Return what a vector (F,) says about each player, in words."""
+        said: dict[str, list[str]] = {}
+        for variable, reading in zip(self.variables, self.read(vector), strict=True):
+            said.setdefault(variable.player or variable.name, []).append(str(reading))
+        return {player: "; ".join(readings) for player, readings in said.items()}
+
 
 def _variable(arguments: Mapping[str, Any]) -> Variable:
     try:

@@ -24,9 +24,11 @@ class Target(ABC):
 
     Args:
         head: which part of a list, tuple or dict output is meant (deep supervision, several tasks).
+        unit: of the score, such as "years"; shown beside it.
     """
 
     head: str | int | None = field(default=None, kw_only=True)
+    unit: str = field(default="", kw_only=True)
 
     @property
     def needs(self) -> Needs:
@@ -40,6 +42,11 @@ class Target(ABC):
         The selection of a linear target is one tensor of weights, shape (N, 1, *spatial). Over sliding windows such
         a score is a sum of window scores, see :mod:`monai_xai.windows`.
         """
+        return False
+
+    @property
+    def is_several(self) -> bool:
+        """Whether it stands for as many targets as the prediction has parts, see :meth:`each`."""
         return False
 
     def pick(self, output: Any) -> Tensor:
@@ -253,6 +260,10 @@ class RegionScore(Target):
     def needs(self) -> Needs:
         return self.region.needs
 
+    @property
+    def is_several(self) -> bool:
+        return self.region.is_several
+
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.needs is Needs.VALUES:
             _channel(self, output, self.channel)
@@ -327,6 +338,10 @@ class MarginScore(Target):
     @property
     def needs(self) -> Needs:
         return Needs.NOTHING if self.region is None else self.region.needs
+
+    @property
+    def is_several(self) -> bool:
+        return self.region is not None and self.region.is_several
 
     def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
         if self.region is None:

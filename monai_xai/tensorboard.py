@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from ignite.engine import Engine
+from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.handlers import TensorBoardHandler
 from monai.utils.enums import MetaKeys, SpaceKeys
@@ -21,13 +23,28 @@ from tensorboard.plugins.image.metadata import create_summary_metadata
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
 from monai_xai.explanation import Explanation
-from monai_xai.figures import Scene, animate, draw_bars, draw_montage, draw_planes, encode_png, rasterize
+from monai_xai.figures import (
+    Scene,
+    Step,
+    animate,
+    draw_bars,
+    draw_cohort,
+    draw_interactions,
+    draw_montage,
+    draw_planes,
+    draw_waterfall,
+    encode_png,
+    rasterize,
+)
 from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
+from monai_xai.modalities import ModalityExplanation
 
 logger = logging.getLogger(__name__)
 RGB = 3
+_MOST_PARTS = 24  # more cannot be read in one waterfall
 
 
 class TensorBoardAttributionHandler(TensorBoardHandler):
@@ -41,7 +58,10 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
     - ``.../montage``: slices of the part of the volume that carries the attribution;
     - ``.../animation``: a walk through the volume from its strongest slice on, as a color GIF;
     - ``.../features``: a bar per feature, for a vector instead of the three above;
-    - ``<explainer>/<case>/modalities``: a bar per modality, where values may be added up.
+    - ``<explainer>/<case>/modalities``: a bar per modality, where values may be added up;
+    - of a :class:`~monai_xai.ModalityShapley`, per baseline ``<explainer>/<case>/<baseline>/waterfall`` (from the score
+      of the baseline to that of the case, clinical variables with raw value, unit and reference range) and
+      ``.../interactions``; and over all cases of an epoch ``<explainer>/cohort/<baseline>/values``.
 
     The scalar page gets ``attribution/<explainer>/<case>/...``: ``score``, ``baseline_score``, ``delta``, ``seconds``,
     and per modality ``contribution/<modality>`` (signed, in units of the score) and ``share/<modality>`` (of the sum
@@ -90,35 +110,64 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         register_events(engine)
         if not engine.has_event_handler(self, AttributionEvents.ATTRIBUTION_COMPLETED):
             engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self)
+            engine.add_event_handler(AttributionEvents.COHORT_COMPLETED, self.draw_cohorts)
 
     def __call__(self, engine: Engine) -> None:
         """Draw the case in ``engine.state.explained``."""
         explained: ExplainedCase = engine.state.explained
-        for explainer in explained.explanations:
-            try:
-                self._draw(explained, explainer)
-            except Exception as error:
-                self._fail(error, f"{explainer} of case {explained.name}, epoch {explained.epoch}")
-        self._writer.flush()
+        for explainer, explanation in explained.explanations.items():
+            with self._guard(f"{explainer} of case {explained.name}, epoch {explained.epoch}"):
+                if isinstance(explanation, ModalityExplanation):
+                    self._draw_modalities(explained, explainer, explanation)
+                else:
+                    self._draw(explained, explainer, explanation)
+                self._writer.flush()
 
-    def _draw(self, explained: ExplainedCase, explainer: str) -> None:
-        explanation, epoch = explained.explanations[explainer], explained.epoch
+    def draw_cohorts(self, engine: Engine) -> None:
+        """Draw the cohorts in ``engine.state.cohorts``."""
+        epoch = engine.state.epoch
+        for explainer, cohort in engine.state.cohorts.items():
+            with self._guard(f"the cohort of {explainer}, epoch {epoch}"):
+                for name, value in scalars_of_cohort(cohort):
+                    self._writer.add_scalar(f"cohort/{_clean(explainer)}/{name}", value, epoch)
+                for name, figure in figures_of_cohort(cohort, f"{explainer} · epoch {epoch}"):
+                    self._add_picture(f"{_clean(explainer)}/cohort/{name}", figure, epoch)
+                self._writer.flush()
+
+    def _draw_modalities(
+        self, explained: ExplainedCase, explainer: str, explanation: ModalityExplanation
+    ) -> None:
+        tag = f"{_clean(explainer)}/{_clean(explained.name)}"
+        for name, value in scalars_of_modalities(explanation):
+            self._writer.add_scalar(f"attribution/{tag}/{name}", value, explained.epoch)
+        for name, figure in figures_of_modalities(explanation, _title(explained, explainer, "modalities")):
+            self._add_picture(f"{tag}/{name}", figure, explained.epoch)
+
+    def _add_picture(self, tag: str, figure: Figure, epoch: int) -> None:
+        summary = _image_summary(tag, encode_png(rasterize(figure)), "")
+        self._writer._get_file_writer().add_summary(summary, epoch)
+
+    def _draw(self, explained: ExplainedCase, explainer: str, explanation: Explanation) -> None:
+        epoch = explained.epoch
         tag = f"{_clean(explainer)}/{_clean(explained.name)}"
         contributions = contributions_of(explanation)
         for name, value in scalars_of(explanation, contributions):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
         self._add_charts(tag, list(contributions))
-        for name, encoded in self._pictures(explained, explainer, contributions):
+        for name, encoded in self._pictures(explained, explainer, explanation, contributions):
             about = "\n\n".join(about_lines(explained, explanation))
             self._writer._get_file_writer().add_summary(
                 _image_summary(f"{tag}/{name}", encoded, about), epoch
             )
 
     def _pictures(
-        self, explained: ExplainedCase, explainer: str, contributions: dict[str, float]
+        self,
+        explained: ExplainedCase,
+        explainer: str,
+        explanation: Explanation,
+        contributions: dict[str, float],
     ) -> Iterator[tuple[str, bytes]]:
         """Yield the end of the tag and the encoded picture of everything there is to draw."""
-        explanation = explained.explanations[explainer]
         if contributions:
             figure = draw_bars(
                 np.array(list(contributions.values())),
@@ -130,7 +179,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             yield "modalities", encode_png(rasterize(figure))
         for name, values in explanation.attributions.items():
             if values.ndim == 2:
-                yield f"{_clean(name)}/features", _draw_features(explained, explainer, name)
+                yield f"{_clean(name)}/features", _draw_features(explained, explainer, explanation, name)
             elif values.ndim in (4, 5):
                 scene = scene_of(explained, explainer, name, multilabel=self.multilabel)
                 yield from ((f"{_clean(name)}/{kind}", picture) for kind, picture in self._views(scene))
@@ -153,11 +202,16 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             charts[f"{case}: {kind}"] = ["Multiline", [f"^{pattern}$" for pattern in tags]]
         self._writer.add_custom_scalars(self._charts)
 
-    def _fail(self, error: Exception, where: str) -> None:
-        if self.on_error == "raise":
-            raise error
-        self.failures += 1
-        logger.warning("Not drawn: %s (failure %d): %s", where, self.failures, error, exc_info=error)
+    @contextmanager
+    def _guard(self, where: str) -> Iterator[None]:
+        """Log and count what cannot be drawn or written, unless it is to end the loop."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self.failures += 1
+            logger.warning("Not drawn: %s (failure %d): %s", where, self.failures, error, exc_info=error)
 
 
 def contributions_of(explanation: Explanation) -> dict[str, float]:
@@ -191,6 +245,107 @@ def scalars_of(explanation: Explanation, contributions: dict[str, float]) -> Ite
             yield f"share/{_clean(name)}", abs(value) / total
 
 
+def scalars_of_modalities(explanation: ModalityExplanation) -> Iterator[tuple[str, float]]:
+    """Yield name and value of every curve of modalities."""
+    yield "score", float(explanation.score[0])
+    yield "agreement", float(explanation.agreement[0])
+    yield "seconds", explanation.seconds
+    for baseline in explanation.baselines:
+        shares = explanation.shares(baseline)[0].tolist()
+        for m, modality in enumerate(explanation.modalities):
+            end = f"{_clean(baseline)}/{_clean(modality)}"
+            yield f"value/{end}", float(explanation.values[baseline][0, m])
+            yield f"share/{end}", shares[m]
+
+
+def figures_of_modalities(explanation: ModalityExplanation, title: str) -> Iterator[tuple[str, Figure]]:
+    """Yield the waterfall and the interactions under every baseline."""
+    for baseline in explanation.baselines:
+        about = (
+            f"target  {explanation.target}",
+            f"baseline  {baseline}   agreement of baselines {float(explanation.agreement[0]):.2f}   "
+            f"residual {float(explanation.residual(baseline)[0]):.1g}   {explanation.seconds:.3g} s",
+        )
+        start, end = float(explanation.baseline_scores[baseline][0]), float(explanation.score[0])
+        yield (
+            f"{_clean(baseline)}/waterfall",
+            draw_waterfall(
+                waterfall_steps(explanation, baseline),
+                start,
+                end,
+                title=title,
+                about=about,
+                notes=_interaction_notes(explanation, baseline),
+                unit=explanation.unit or "score",
+            ),
+        )
+        if explanation.interactions is not None and len(explanation.modalities) > 1:
+            values, pairs = (_array(v[baseline]) for v in (explanation.values, explanation.interactions))
+            yield (
+                f"{_clean(baseline)}/interactions",
+                draw_interactions(values, pairs, explanation.modalities, title=title, about=about),
+            )
+
+
+def waterfall_steps(explanation: ModalityExplanation, baseline: str) -> list[Step]:
+    """Return a step for each modality, followed by those of its parts if there are several."""
+    steps: list[Step] = []
+    errors = explanation.standard_errors[baseline][0].tolist()
+    for m, modality in enumerate(explanation.modalities):
+        steps.append(Step(modality, float(explanation.values[baseline][0, m]), errors[m]))
+        parts = explanation.parts.get(baseline, {}).get(modality)
+        if parts is None or not 1 < parts.shape[1] <= _MOST_PARTS:
+            continue
+        names = explanation.part_names[modality][0]
+        steps += [Step(name, v, 0.0, True) for name, v in zip(names, parts[0].tolist(), strict=True)]
+    return steps
+
+
+def _interaction_notes(explanation: ModalityExplanation, baseline: str) -> list[str]:
+    """Say which pair does most together: values and shares alone would hide it."""
+    if explanation.interactions is None or len(explanation.modalities) < 2:
+        return []
+    pairs = explanation.interactions[baseline][0]
+    i, j = divmod(int(pairs.abs().argmax()), len(explanation.modalities))
+    kind = "synergy" if pairs[i, j] > 0 else "redundancy"
+    names = f"{explanation.modalities[i]} and {explanation.modalities[j]}"
+    return [
+        f"largest interaction: {names} {float(pairs[i, j]):+.3g} ({kind}); share of interactions (InterSHAP) "
+        f"{float(explanation.intershap(baseline)[0]):.0%}"
+    ]
+
+
+def scalars_of_cohort(cohort: ModalityCohort) -> Iterator[tuple[str, float]]:
+    """Yield mean and share of every modality, to be followed over epochs."""
+    for row in cohort.rows():
+        end = f"{_clean(row.baseline)}/{_clean(row.modality)}"
+        yield f"mean/{end}", row.mean
+        yield f"share/{end}", row.share
+
+
+def figures_of_cohort(cohort: ModalityCohort, title: str) -> Iterator[tuple[str, Figure]]:
+    """Yield the spread of values over cases, and mean interactions, under every baseline."""
+    rows = cohort.rows()
+    for baseline in cohort.baselines:
+        own = [row for row in rows if row.baseline == baseline]
+        notes = [
+            f"{row.modality} has collapsed: share at most {row.share_high:.1%}"
+            for row in own
+            if row.collapsed
+        ]
+        about = [f"baseline  {baseline}   {len(cohort.cases)} cases, mean with 95 % interval"]
+        intervals = np.array([(row.low, row.high) for row in own])
+        figure = draw_cohort(
+            cohort.values(baseline), cohort.modalities, intervals, title=title, about=about, notes=notes
+        )
+        yield f"{_clean(baseline)}/values", figure
+        interactions = cohort.interactions(baseline)
+        if interactions is not None and len(cohort.modalities) > 1:
+            means = cohort.values(baseline).mean(0)
+            figure = draw_interactions(means, interactions, cohort.modalities, title=title, about=about)
+            yield f"{_clean(baseline)}/interactions", figure
+
+
 def about_lines(explained: ExplainedCase, explanation: Explanation) -> tuple[str, ...]:
     """Return what every picture says about its origin."""
     numbers = [f"score {float(explanation.score[0]):.4g}"]
@@ -211,6 +366,7 @@ def about_lines(explained: ExplainedCase, explanation: Explanation) -> tuple[str
 def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel: bool) -> Scene:
     """Return what is to be seen of one image input."""
     explanation, image = explained.explanations[explainer], explained.inputs[name]
+    assert isinstance(explanation, Explanation)
     maps = explanation.attributions[name]
     outlines = {
         kind: _outline(values, maps.shape[2:], multilabel)
@@ -228,8 +384,7 @@ def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel:
     )
 
 
-def _draw_features(explained: ExplainedCase, explainer: str, name: str) -> bytes:
-    explanation = explained.explanations[explainer]
+def _draw_features(explained: ExplainedCase, explainer: str, explanation: Explanation, name: str) -> bytes:
     figure = draw_bars(
         _array(explanation.attributions[name]),
         _channel_names(explanation, name),

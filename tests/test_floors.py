@@ -31,6 +31,8 @@ FLOORS = {
     "cohorts": 4,
     "transforms": 5,
     "inferers": 5,
+    "batches": 5,
+    "cases": 5,
     "handlers": 5,
     "tensorboard": 5,
     "overlays": 6,
@@ -50,6 +52,8 @@ NEIGHBORS = {
     "networks": {"forward"},
     "explainer": {"tasks"},
     "modalities": {"tasks"},
+    "cases": {"batches"},
+    "handlers": {"batches", "cases"},
     "tensorboard": {"handlers"},
     "__main__": {"overlays"},
 }

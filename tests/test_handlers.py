@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.engines.utils import PrepareBatchExtraInput
+from monai.engines.utils import IterationEvents, PrepareBatchExtraInput
 from monai.handlers import ValidationHandler
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import Compose
@@ -19,6 +20,8 @@ from monai_xai import (
     AttributionEvents,
     AttributionHandler,
     Box,
+    CompletenessWarning,
+    Component,
     Explainer,
     FlattenAttributionsd,
     GradientShap,
@@ -26,11 +29,14 @@ from monai_xai import (
     InputXGradient,
     IntegratedGradients,
     MarginScore,
+    ModalityCohortHandler,
+    ModalityShapley,
     RegionScore,
     Saliency,
     WorstCases,
 )
-from monai_xai.handlers import foreground_dice, register_events
+from monai_xai.cases import foreground_dice, multilabel_dice
+from monai_xai.handlers import register_events
 
 TARGET = RegionScore(1, Box((2, 2), (9, 9)))
 EXPLAINER = Explainer(TARGET, Saliency())
@@ -137,14 +143,27 @@ def test_attaching_twice_explains_once():
     assert len(recorder.explained) == 1
 
 
-def test_a_plain_ignite_engine_needs_a_batch_it_can_read(caplog):
-    network = small_unet()
-    engine = Engine(lambda engine, batch: network(batch["image"]))
+@pytest.mark.parametrize("form", ["dict", "pair"])
+def test_a_plain_ignite_engine_is_explained_by_its_image_and_label(form):
+    network, recorder = small_unet(), Recorder()
+    engine = Engine(lambda engine, batch: None)
     handler = AttributionHandler(EXPLAINER, network=network)
+    for each in (handler, recorder):
+        each.attach(engine)
+    batch = {"image": random_image(1, 2, 16, 16), "label": torch.ones(1, 1, 16, 16)}
+    engine.run([batch if form == "dict" else (batch["image"], batch["label"])])
+    (case,) = recorder.explained
+    torch.testing.assert_close(case.explanations["Saliency"].score, EXPLAINER(network, batch["image"]).score)
+    assert torch.equal(case.label, batch["label"])
+
+
+def test_a_plain_ignite_engine_needs_a_batch_it_can_read(caplog):
+    engine = Engine(lambda engine, batch: None)
+    handler = AttributionHandler(EXPLAINER, network=small_unet())
     handler.attach(engine)
-    engine.run(DataLoader(cases(1), batch_size=1))
+    engine.run([{"scan": random_image(1, 2, 16, 16)}])
     assert handler.failures == 1
-    assert "has no prepare_batch" in caplog.text
+    assert "must be a dict with 'image'" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- where maps go
@@ -241,9 +260,179 @@ def test_a_failing_explanation_is_logged_with_its_case_and_the_loop_goes_on(capl
         engine.run()
     assert engine.state.iteration == 4
     assert handler.failures == 2
-    assert "case case-0, Saliency" in caplog.text
+    assert "case case-0, broken" in caplog.text
     assert "needs at least 8 output channels" in caplog.text
     assert [list(case.explanations) for case in recorder.explained] == [["fine"], ["fine"]]
+
+
+def test_a_listener_that_fails_takes_no_map_and_no_other_case(caplog):
+    maps = []
+
+    class Listener(Recorder):
+        def attach(self, engine):
+            super().attach(engine)
+            engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self.fail)
+            engine.add_event_handler(
+                IterationEvents.MODEL_COMPLETED, lambda e: maps.append(e.state.output["attribution"]["image"])
+            )
+
+        def fail(self, engine):
+            raise OSError(28, "No space left on device")
+
+    listener, handler = Listener(), AttributionHandler(EXPLAINER, 2)
+    evaluator([handler, listener], batch_size=2, data=cases(2), decollate=False).run()
+    assert listener.cases == ["case-0", "case-1"]
+    assert not torch.isnan(maps[0]).any()
+    assert handler.failures == 2
+    assert "case case-1, what listens to its explanation" in caplog.text
+
+
+def test_maps_are_named_by_the_configuration_and_not_by_how_many_lesions_there_are():
+    class Threshold(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([torch.full_like(x[:, :1], 0.5), x[:, :1]], 1)
+
+    found = []
+    for lesions in (1, 2):
+        image = torch.zeros(2, 16, 16, dtype=torch.float64)
+        for i in range(lesions):
+            image[0, 4 * i : 4 * i + 2, 3:6] = 1
+        engine = evaluator(
+            [AttributionHandler(Explainer(RegionScore(1, Component(None)), Saliency()))],
+            data=Dataset([{"image": image, "label": image[:1]}]),
+            network=Threshold(),
+            decollate=False,
+        )
+        engine.run()
+        found.append(list(engine.state.output["attribution"]))
+    names = ["Saliency_component0_image", "Saliency_component1_image"]
+    assert found == [names[:1], names]
+
+
+def test_two_handlers_share_the_output_and_do_not_overwrite_each_other(caplog):
+    other = AttributionHandler({"second": EXPLAINER, "third": EXPLAINER})
+    same = AttributionHandler(EXPLAINER)
+    engine = evaluator([AttributionHandler(EXPLAINER), other, same], data=cases(1), decollate=False)
+    engine.run()
+    assert list(engine.state.output["attribution"]) == ["image", "second_image", "third_image"]
+    assert same.failures == 1
+    assert "different keys" in caplog.text
+
+
+def test_generic_file_names_get_their_folder_and_cases_that_did_not_come_are_named(caplog):
+    data = [
+        {
+            **case,
+            "image": MetaTensor(case["image"].as_tensor(), meta={"filename_or_obj": f"p{i}/flair.nii.gz"}),
+        }
+        for i, case in enumerate(cases(2))
+    ]
+    recorder = Recorder()
+    evaluator([recorder, AttributionHandler(EXPLAINER, ["p1_flair", "p7_flair"])], data=Dataset(data)).run()
+    assert recorder.cases == ["p1_flair"]
+    assert "The cases p7_flair did not come. The epoch had p0_flair, p1_flair" in caplog.text
+
+
+def test_a_large_gap_is_warned_of_with_its_case():
+    explainer = Explainer(TARGET, IntegratedGradients(1, baseline=0.0))
+    network = small_unet(norm="INSTANCE")
+    with pytest.warns(CompletenessWarning, match="case case-0, IntegratedGradients: .*miss the change"):
+        evaluator([AttributionHandler(explainer)], data=cases(1), network=network).run()
+
+
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x):
+        return {"seg": self.body(x), "cls": x.mean((2, 3))}
+
+
+def test_the_head_that_is_explained_is_the_prediction_that_is_shown():
+    recorder = Recorder()
+    explainer = Explainer(RegionScore(1, Box((2, 2), (9, 9)), head="seg"), Saliency())
+    evaluator([recorder, AttributionHandler(explainer)], data=cases(1), network=TwoHeads()).run()
+    assert recorder.explained[0].prediction.shape == (1, 2, 16, 16)
+
+
+def test_the_worst_cases_of_overlapping_classes_and_of_one_head():
+    truth = (random_image(1, 3, 8, 8) > 0).double()
+    assert multilabel_dice(2 * truth - 1, truth).item() == pytest.approx(1.0)
+    choice = WorstCases(1, head="seg")
+    recorder = Recorder()
+    explainer = Explainer(RegionScore(1, Box((2, 2), (9, 9)), head="seg"), Saliency())
+    evaluator([recorder, AttributionHandler(explainer, choice)], data=cases(1), network=TwoHeads()).run()
+    assert recorder.cases == ["case-0"]
+
+
+def test_a_metric_that_does_not_fit_is_named(caplog):
+    def metric(prediction, label):
+        raise ValueError("shapes differ")
+
+    evaluator([AttributionHandler(EXPLAINER, WorstCases(1, metric))], data=cases(1)).run()
+    assert "WorstCases: the metric failed" in caplog.text
+    assert "metric=..." in caplog.text
+
+
+@pytest.mark.parametrize("form", ["keywords", "mapping", "sequence"])
+def test_whatever_prepare_batch_hands_over_is_explained_by_name(form):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = ImageAndVector()
+
+        def forward(self, image, clinical=None):
+            if form == "mapping":
+                image, clinical = image["image"], image["clinical"]
+            elif form == "sequence":
+                image, clinical = image
+            return self.body(image, clinical)
+
+    def prepare(batch, device, non_blocking, **kwargs):
+        image, clinical = batch["image"][:, :1], batch["clinical"]
+        if form == "keywords":
+            return image, batch["label"], (), {"clinical": clinical}
+        both = {"image": image, "clinical": clinical}
+        return (both if form == "mapping" else tuple(both.values())), batch["label"]
+
+    recorder, handler = Recorder(), AttributionHandler(EXPLAINER, on_error="raise")
+    data = cases(1, clinical=random_image(3))
+    evaluator([recorder, handler], data=data, network=Network(), prepare_batch=prepare, decollate=False).run()
+    maps = recorder.explained[0].explanations["Saliency"].attributions
+    expected = EXPLAINER(
+        ImageAndVector(), {"image": data[0]["image"][None, :1], "clinical": data[0]["clinical"][None]}
+    )
+    for values, own in zip(maps.values(), expected.attributions.values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(values), torch.as_tensor(own), rtol=0, atol=1e-12)
+
+
+def test_a_modality_that_is_absent_is_named(caplog):
+    def prepare(batch, device, non_blocking, **kwargs):
+        return batch["image"], batch["label"], (None,), {}
+
+    class Network(torch.nn.Module):
+        def forward(self, image, pet):
+            return small_unet()(image)
+
+    evaluator([AttributionHandler(EXPLAINER)], data=cases(1), network=Network(), prepare_batch=prepare).run()
+    assert "The input 'input1' of the network is None" in caplog.text
+
+
+def test_modalities_of_an_epoch_are_gathered_saved_and_a_collapsed_one_is_named(caplog, tmp_path):
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([-x[:, :1], x[:, :1] + 1e-5 * x[:, 1:]], 1)
+
+    shapley = ModalityShapley(RegionScore(1, Box((2, 2), (9, 9))), {"zero": 0.0, "one": 1.0})
+    shapley = replace(shapley, channel_names={"image": ("FLAIR", "T1")})
+    handler, gather = AttributionHandler({"parts": shapley}, 6), ModalityCohortHandler(tmp_path)
+    engine = evaluator([gather, handler], data=cases(6), network=Network())
+    engine.run()
+    assert list(engine.state.cohorts["parts"].cases) == [f"case-{i}" for i in range(6)]
+    assert "the modality T1 has collapsed under the baseline zero" in caplog.text
+    assert "the modality FLAIR has collapsed" not in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["modalities.csv", "modalities.json"]
 
 
 def test_a_failing_explanation_ends_the_loop_when_asked():
