@@ -17,6 +17,13 @@ def rounding(*scores: Tensor) -> Tensor:
     return 16 * torch.finfo(size.dtype).eps * size + torch.finfo(size.dtype).tiny
 
 
+def is_place(affine: Tensor) -> bool:
+    """Tell whether an affine, or each of a batch of them, gives voxels a place in space, however small they are."""
+    matrix = affine.double()[..., :-1, :-1]
+    volume = torch.linalg.det(matrix).abs() / matrix.norm(dim=-2).prod(-1)
+    return bool(torch.isfinite(affine).all() and (volume > 1e-6).all())
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """The result of explaining a batch: nothing in it is summed, clipped or normalized.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from monai_xai.calls import CalledNetwork, CallForm, find_embeddings
 from monai_xai.errors import InputError
+from monai_xai.explanation import is_place
 from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, Tensors, WholeTerm, guard, undisturbed
 from monai_xai.networks import require_module
 from monai_xai.regions import Needs
@@ -250,9 +251,7 @@ def _check_input(name: str, x: Tensor) -> None:
 
 
 def _check_affine(name: str, x: MetaTensor) -> None:
-    matrix = torch.as_tensor(x.affine).double()[..., :-1, :-1]
-    volume = torch.linalg.det(matrix).abs() / matrix.norm(dim=-2).prod(-1)
-    if not (volume > 1e-6).all():
+    if not is_place(torch.as_tensor(x.affine)):
         raise InputError(
             f"The input {name!r} has a singular affine {x.affine.tolist()}: its voxels have no place in space, and "
             "maps could not be saved in it. Mend the header (spacing and directions) of the file."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
-from monai_xai.explanation import Explanation
+from monai_xai.explanation import Explanation, is_place
+
+logger = logging.getLogger(__name__)
+_CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space")
 
 
 class Explain(Transform):
@@ -119,25 +123,41 @@ class FlattenAttributionsd(FlattenSubKeysd):
 class AtomicNibabelWriter(NibabelWriter):
     """``NibabelWriter`` that leaves a whole file or none: for ``SaveImaged(writer=AtomicNibabelWriter)``.
 
+    ``SaveImaged`` turns every error of a writer into one about writers that are not installed; so that path and cure
+    are seen, they are logged as well.
+
     Raises:
-        OSError: naming the file, if it could not be written (a full disk, missing rights).
-        InputError: if the affine is singular.
+        OSError: naming the file and what to do, if it could not be written.
+        InputError: if the affine gives voxels no place in space.
     """
 
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         """Write to a temporary file beside the target, then move it into place."""
         path = Path(filename)
-        affine = None if self.affine is None else np.asarray(self.affine, dtype=float)
-        if affine is not None and abs(np.linalg.det(affine[:-1, :-1])) < 1e-12:
-            raise InputError(f"{path.name} is not written: its affine is singular, {affine.tolist()}.")
+        try:
+            self._require_place(path)
+            self._write_whole(path, verbose=verbose, **obj_kwargs)
+        except (OSError, InputError) as error:
+            logger.error("%s", error)
+            raise
+
+    def _require_place(self, path: Path) -> None:
+        affine = None if self.affine is None else torch.as_tensor(self.affine)
+        if affine is not None and not is_place(affine):
+            raise InputError(
+                f"{path} is not written: its affine is singular or not finite, {affine.tolist()}. Mend the header "
+                "(spacing and directions) of the scan."
+            )
+
+    def _write_whole(self, path: Path, **options: Any) -> None:
         partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
         try:
-            super().write(partial, verbose=verbose, **obj_kwargs)
+            super().write(partial, **options)
             partial.replace(path)
         except OSError as error:
+            cure = _CURES.get(error.errno or 0, "check that the folder exists and may be written to")
             raise OSError(
-                error.errno,
-                f"{path} is not written ({error.strerror or error}): free disk space or check rights, then run again",
+                error.errno, f"{path} is not written ({error.strerror or error}): {cure}, then run again"
             ) from error
         finally:
             partial.unlink(missing_ok=True)

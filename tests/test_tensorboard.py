@@ -22,11 +22,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
-from monai_xai import AttributionHandler, Explainer, Labeled, RegionScore, Saliency
+from monai_xai import (
+    AttributionHandler,
+    ClinicalVariables,
+    Explainer,
+    Labeled,
+    ModalityCohort,
+    ModalityShapley,
+    OutputScore,
+    ReferenceRecord,
+    RegionScore,
+    Saliency,
+    TableSchema,
+    Variable,
+)
 from monai_xai.errors import InputError
 from monai_xai.explanation import Explanation
 from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
-from monai_xai.tensorboard import TensorBoardAttributionHandler, affine_of, contributions_of, scene_of
+from monai_xai.tensorboard import (
+    TensorBoardAttributionHandler,
+    affine_of,
+    contributions_of,
+    scene_of,
+    waterfall_steps,
+)
 
 SHAPE = (12, 14, 10)
 MODALITIES = ("FLAIR", "T1")
@@ -182,6 +201,68 @@ def test_image_of_two_dimensions_has_no_slices(tmp_path: Path) -> None:
     )
     events = write(tmp_path, case)
     assert set(events.Tags()["images"]) == {"ig/patient26/image/planes", "ig/patient26/modalities"}
+
+
+def modalities_of_a_patient() -> ExplainedCase:
+    schema = TableSchema(
+        (
+            Variable("CRP", unit="mg/L", reference_range=(0, 5)),
+            Variable("sex", "categorical", levels=("f", "m")),
+        )
+    )
+
+    class Fusion(torch.nn.Module):
+        def forward(self, image: torch.Tensor, clinical: torch.Tensor) -> torch.Tensor:
+            return image.mean((1, 2, 3))[:, None] * clinical[:, :1] + clinical[:, 1:2]
+
+    inputs = {"image": torch.ones(1, 1, 4, 4), "clinical": schema.encode({"CRP": 48, "sex": "f"})[None]}
+    baselines = {
+        name: {"image": value, "clinical": ReferenceRecord(schema, record={"sex": "m"})}
+        for name, value in (("air", 0.0), ("half", 0.5))
+    }
+    target = OutputScore(unit="log-odds")
+    found = ModalityShapley(target, baselines, parts=ClinicalVariables(schema))(Fusion(), inputs)
+    return ExplainedCase("p1", {"modalities": found}, inputs, None, None, 3)
+
+
+def test_modalities_have_a_waterfall_interactions_and_curves(tmp_path: Path) -> None:
+    case = modalities_of_a_patient()
+    events = write(tmp_path, case)
+    assert sorted(events.Tags()["images"]) == [
+        f"modalities/p1/{baseline}/{kind}"
+        for baseline in ("air", "half")
+        for kind in ("interactions", "waterfall")
+    ]
+    found = case.explanations["modalities"]
+    curve = events.Scalars("attribution/modalities/p1/value/air/clinical")
+    assert [(event.step, event.value) for event in curve] == [
+        (3, pytest.approx(float(found.values["air"][0, 1])))
+    ]
+
+
+def test_clinical_variables_stand_with_value_unit_and_range_and_lead_to_the_score() -> None:
+    found = modalities_of_a_patient().explanations["modalities"]
+    steps = waterfall_steps(found, "air")
+    assert [step.label for step in steps] == ["image", "clinical", "CRP = 48 mg/L (0 to 5)", "sex = f"]
+    reached = float(found.baseline_scores["air"]) + sum(step.value for step in steps if not step.is_part)
+    assert reached == pytest.approx(float(found.score), abs=1e-5)
+    assert steps[1].value == pytest.approx(steps[2].value + steps[3].value, abs=1e-5)
+
+
+def test_a_cohort_has_its_spread_and_curves_over_epochs(tmp_path: Path) -> None:
+    cohort, case = ModalityCohort(), modalities_of_a_patient()
+    for i in range(6):
+        cohort.add(f"p{i}", case.explanations["modalities"])
+    engine = Engine(lambda engine, batch: None)
+    register_events(engine)
+    handler = TensorBoardAttributionHandler(str(tmp_path), on_error="raise")
+    handler.attach(engine)
+    engine.state.cohorts, engine.state.epoch = {"modalities": cohort}, 2
+    engine.fire_event(AttributionEvents.COHORT_COMPLETED)
+    handler.close()
+    events = read(tmp_path)
+    assert "modalities/cohort/air/values" in events.Tags()["images"]
+    assert [event.step for event in events.Scalars("cohort/modalities/mean/air/image")] == [2]
 
 
 def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:

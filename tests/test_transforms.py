@@ -128,6 +128,22 @@ def test_a_singular_affine_is_refused_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_small_voxels_have_a_place_and_what_is_not_a_number_has_none(tmp_path):
+    small = writer(np.diag([5e-5, 5e-5, 5e-5, 1.0]))
+    small.write(tmp_path / "small.nii.gz")
+    broken = writer(np.eye(4))
+    broken.affine = np.full((4, 4), np.nan)
+    with pytest.raises(InputError, match="affine is singular"):
+        broken.write(tmp_path / "broken.nii.gz")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.nii.gz"]
+
+
+def test_a_folder_that_is_missing_is_no_full_disk(tmp_path, caplog):
+    with pytest.raises(OSError, match="check that the folder exists"):
+        writer(np.eye(4)).write(tmp_path / "nowhere" / "map.nii.gz")
+    assert "map.nii.gz is not written" in caplog.text
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
     writer(np.eye(4)).write(tmp_path / "map.nii")
     before = (tmp_path / "map.nii").read_bytes()
