@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from monai.metrics import DiceHelper
+from monai.metrics import DiceHelper, compute_dice
 from torch import Tensor
 
 from monai_xai.batches import Batch
@@ -148,8 +148,8 @@ def foreground_dice(prediction: Tensor, label: Tensor) -> Tensor:
 
 def multilabel_dice(prediction: Tensor, label: Tensor) -> Tensor:
     """Return the mean Dice of classes that may overlap, shape (N,): each channel of the logits is cut at 0."""
-    helper = DiceHelper(include_background=True, reduction="none", get_not_nans=False)
-    return torch.as_tensor(helper((prediction > 0).float(), (label > 0.5).float())).nanmean(1)
+    dice = compute_dice((prediction > 0).float(), (label > 0.5).float(), include_background=True)
+    return torch.as_tensor(dice).nanmean(1)
 
 
 def as_cases(value: Cases | int | str | Sequence[int | str]) -> Cases:

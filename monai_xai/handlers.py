@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from monai_xai.batches import Batch, row_of
 from monai_xai.cases import Cases, as_cases
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import AttributionError, InputError, XaiError
-from monai_xai.explainer import Explainer
+from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.modalities import ModalityExplanation, ModalityShapley
 from monai_xai.targets import Target, pick_head
@@ -60,17 +61,33 @@ class ExplainedCase:
         name: name of the case.
         explanations: explanations by explainer name.
         inputs: what went into the network, by name.
-        prediction: the network's output, shape (1, C, ...); of several heads, the one that is explained.
-        label: ground truth, if there is one; of several heads, the one that is explained.
+        prediction: the network's output as it is: one tensor (1, C, ...), or several of them in a list or dict.
+        label: ground truth, if there is one; a tensor, or tensors by head.
         epoch: epoch of the engine; for a MONAI evaluator inside training, the epoch of the training.
+        heads: the head that each explanation speaks about, where the network has several.
     """
 
     name: str
     explanations: Mapping[str, AnyExplanation]
     inputs: Mapping[str, Tensor]
-    prediction: Tensor | None
-    label: Tensor | None
+    prediction: Any
+    label: Any
     epoch: int
+    heads: Mapping[str, str | int | None] = field(default_factory=dict)
+
+    def prediction_of(self, explanation: str) -> Tensor | None:
+        """Return the part of the prediction that an explanation speaks about; None if it is no single tensor."""
+        try:
+            return pick_head(self.prediction, self.heads.get(explanation))
+        except InputError:
+            return None
+
+    def label_of(self, explanation: str) -> Tensor | None:
+        """Return the part of the label that belongs to the head of an explanation; None if there is none."""
+        label = self.label
+        if isinstance(label, Mapping):
+            label = label.get(str(self.heads.get(explanation)))
+        return label if isinstance(label, Tensor) else None
 
 
 class AttributionHandler:
@@ -111,7 +128,7 @@ class AttributionHandler:
     ) -> None:
         if on_error not in ("log", "raise"):
             raise InputError(f"AttributionHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
-        if not isinstance(interval, int | Sequence) or (isinstance(interval, int) and interval < 1):
+        if not _is_interval(interval):
             raise InputError(
                 f"AttributionHandler(interval={interval!r}) must be a number from 1 or a list of epochs."
             )
@@ -125,6 +142,7 @@ class AttributionHandler:
         self.on_error = on_error
         self.failures = 0
         self._seen = 0
+        self._own_maps: set[str] = set()
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, an evaluator or a plain ignite engine; a second time does nothing."""
@@ -148,6 +166,7 @@ class AttributionHandler:
         if not self._is_due_in(engine.state.epoch):
             return
         batch = Batch(engine, self._seen, self.case_key)
+        self._own_maps.clear()
         for row in self._rows_due(engine, batch):
             self._explain_row(engine, batch, row)
 
@@ -166,30 +185,36 @@ class AttributionHandler:
 
     def _explain_row(self, engine: Engine, batch: Batch, row: int) -> None:
         """Explain one row of the batch, put its maps where they belong, and tell those who listen."""
-        name, inputs, label = batch.names[row], row_of(batch.inputs, row), row_of(batch.label, row)
-        prediction = row_of(batch.prediction, row)
+        name = batch.names[row]
+        inputs, label, prediction = (row_of(x, row) for x in (batch.inputs, batch.label, batch.prediction))
         explanations: dict[str, AnyExplanation] = {}
+        heads: dict[str, str | int | None] = {}
         for explainer_name, explainer in self.explainers.items():
-            where = f"case {name}, {explainer_name}"
+            where = f"case {name}, {_described(explainer_name, explainer)}"
             try:
-                with _place_in_warnings(where):
+                with _placing_gaps(where):
                     found = self._run(engine, _called(explainer, batch), inputs, label, prediction)
-                own = {"_".join(filter(None, (explainer_name, part))): e for part, e in found.items()}
+                named = {part: "_".join(filter(None, (explainer_name, part))) for part in found}
+                own = {named[part]: explanation for part, explanation in found.items()}
                 self._put(engine, batch, row, own)
             except Exception as error:
                 self._fail(error, where)
                 continue
             explanations |= own
-        if not explanations:
-            return
-        head = _head(next(iter(self.explainers.values())))
-        engine.state.explained = ExplainedCase(
-            name, explanations, inputs, _part(prediction, head), _part(label, head), engine.state.epoch
-        )
+            heads |= {named[part]: _head(explainer, part) for part in found}
+        if explanations:
+            self._tell(
+                engine,
+                ExplainedCase(name, explanations, inputs, prediction, label, engine.state.epoch, heads),
+            )
+
+    def _tell(self, engine: Engine, explained: ExplainedCase) -> None:
+        """Tell those who listen that a case is explained; what fails there takes nothing from it."""
+        engine.state.explained = explained
         try:
             engine.fire_event(AttributionEvents.ATTRIBUTION_COMPLETED)
         except Exception as error:
-            self._fail(error, f"case {name}, what listens to its explanation")
+            self._fail(error, f"case {explained.name}, a listener", "Explained, but not handed on")
 
     def _run(
         self,
@@ -207,6 +232,11 @@ class AttributionHandler:
         )
         if explainer.inferer is None and isinstance(own, Inferer):
             explainer = replace(explainer, inferer=own)
+        parameter = next(network.parameters(), None)
+        if (
+            parameter is not None
+        ):  # a plain engine moves its batch within its own function, not where we see it
+            inputs, label = _moved(inputs, parameter.device), _moved(label, parameter.device)
         return explainer.explain(network, inputs, label=label, prediction=prediction if is_what_ran else None)
 
     def _put(
@@ -215,7 +245,7 @@ class AttributionHandler:
         """Put maps where post-processing, metrics and later handlers find them; NaN in rows without any.
 
         Raises:
-            InputError: if another handler has put a map of that name there.
+            InputError: if another handler has put maps of that name there.
         """
         if not isinstance(engine.state.output, dict):
             return
@@ -223,13 +253,14 @@ class AttributionHandler:
         for explained, explanation in explanations.items():
             for name, values in explanation.attributions.items():
                 key = name if self.has_one_map else f"{explained}_{name}"
-                if key not in maps:
+                if key not in self._own_maps:
+                    if key in maps:
+                        raise InputError(
+                            f"Another handler has put maps {self.key!r}, {key!r} there already: give two handlers on "
+                            "one engine different keys, AttributionHandler(key=...), or names to their explainers."
+                        )
                     maps[key] = _empty(values, batch.size, batch.inputs[name])
-                elif not torch.isnan(maps[key][row]).all():
-                    raise InputError(
-                        f"There is a map {self.key!r}, {key!r} of this case already: give two handlers on one engine "
-                        "different keys, AttributionHandler(key=...)."
-                    )
+                    self._own_maps.add(key)
                 maps[key][row] = values.as_tensor()[0] if isinstance(values, MetaTensor) else values[0]
 
     def _network(self, engine: Engine) -> torch.nn.Module:
@@ -240,12 +271,12 @@ class AttributionHandler:
             )
         return network
 
-    def _fail(self, error: Exception, where: str) -> None:
+    def _fail(self, error: Exception, where: str, what: str = "Not explained") -> None:
         if self.on_error == "raise":
             raise _placed(error, where) from error
         self.failures += 1
         trace = None if isinstance(error, XaiError) else error
-        logger.warning("Not explained: %s (failure %d): %s", where, self.failures, error, exc_info=trace)
+        logger.warning("%s: %s (failure %d): %s", what, where, self.failures, error, exc_info=trace)
 
 
 class ModalityCohortHandler:
@@ -304,28 +335,34 @@ class ModalityCohortHandler:
 
 
 def _placed(error: Exception, where: str) -> Exception:
-    """Return the same error with its place in front."""
-    if isinstance(error, XaiError):
+    """Return an error of the same type with its place in front."""
+    try:
         return type(error)(f"{where}: {error}")
-    return AttributionError(f"{where}: {type(error).__name__}: {error}")
+    except TypeError:  # a type that is not made from a message alone
+        return AttributionError(f"{where}: {type(error).__name__}: {error}")
 
 
-class _place_in_warnings(warnings.catch_warnings):  # noqa: N801 - a context manager, like its base
-    """Give warnings again at the end of the block, with their place in front."""
+@contextmanager
+def _placing_gaps(where: str) -> Iterator[None]:
+    """Put a place in front of every :class:`CompletenessWarning`; other warnings come through as they are."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CompletenessWarning)
+            yield
+    finally:
+        for given in caught:
+            if issubclass(given.category, CompletenessWarning):
+                message = f"{where}: {given.message}"
+                warnings.warn_explicit(message, given.category, given.filename, given.lineno)
+            else:
+                warnings.showwarning(given.message, given.category, given.filename, given.lineno)
 
-    def __init__(self, where: str) -> None:
-        super().__init__(record=True)
-        self._where = where
 
-    def __enter__(self) -> Any:
-        self._caught = super().__enter__()
-        warnings.simplefilter("always")
-        return self._caught
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for warning in self._caught or ():
-            warnings.warn(f"{self._where}: {warning.message}", warning.category, stacklevel=2)
+def _is_interval(value: object) -> bool:
+    if isinstance(value, int):
+        return value >= 1
+    return isinstance(value, Sequence) and all(isinstance(epoch, int) for epoch in value)
 
 
 def _event(engine: Engine) -> Any:
@@ -346,6 +383,11 @@ def _method(explainer: AnyExplainer) -> str:
     return explainer.attributor.name if isinstance(explainer, Explainer) else "modalities"
 
 
+def _described(name: str, explainer: AnyExplainer) -> str:
+    method = _method(explainer)
+    return name if name == method else f"{name} ({method})"
+
+
 def _has_one_target(explainer: AnyExplainer) -> bool:
     return isinstance(explainer.target, Target) and not explainer.target.is_several
 
@@ -355,20 +397,20 @@ def _called(explainer: AnyExplainer, batch: Batch) -> AnyExplainer:
     return replace(explainer, call=batch.call) if explainer.call == "arguments" else explainer
 
 
-def _head(explainer: AnyExplainer) -> str | int | None:
+def _head(explainer: AnyExplainer, part: str) -> str | int | None:
+    """Return the head of the target that an explanation is of; ``part`` is its name, or begins with it."""
     target = explainer.target
-    first = next(iter(target.values())) if isinstance(target, Mapping) else target
-    return first.head if isinstance(first, Target) else None
+    if isinstance(target, Mapping):
+        names = [name for name in target if part == name or part.startswith(f"{name}_")]
+        target = target[max(names, key=len)]
+    return target.head if isinstance(target, Target) else None
 
 
-def _part(value: Any, head: str | int | None) -> Tensor | None:
-    """Return the part of a prediction or label that belongs to a head; None if there is no such tensor."""
-    if isinstance(value, Tensor | None):
-        return value
-    try:
-        return pick_head(value, head)
-    except InputError:
-        return None
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a tensor, or the tensors in a mapping, on a device; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _empty(values: Tensor, size: int, source: Tensor) -> Tensor:

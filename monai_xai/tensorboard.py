@@ -155,7 +155,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
         self._add_charts(tag, list(contributions))
         for name, encoded in self._pictures(explained, explainer, explanation, contributions):
-            about = "\n\n".join(about_lines(explained, explanation))
+            about = "\n\n".join(about_lines(explained, explainer))
             self._writer._get_file_writer().add_summary(
                 _image_summary(f"{tag}/{name}", encoded, about), epoch
             )
@@ -173,7 +173,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
                 np.array(list(contributions.values())),
                 list(contributions),
                 title=_title(explained, explainer, "modalities"),
-                about=about_lines(explained, explanation),
+                about=about_lines(explained, explainer),
                 notes=_balance(explanation, contributions),
             )
             yield "modalities", encode_png(rasterize(figure))
@@ -346,8 +346,10 @@ def figures_of_cohort(cohort: ModalityCohort, title: str) -> Iterator[tuple[str,
             yield f"{_clean(baseline)}/interactions", figure
 
 
-def about_lines(explained: ExplainedCase, explanation: Explanation) -> tuple[str, ...]:
+def about_lines(explained: ExplainedCase, explainer: str) -> tuple[str, ...]:
     """Return what every picture says about its origin."""
+    explanation = explained.explanations[explainer]
+    assert isinstance(explanation, Explanation)
     numbers = [f"score {float(explanation.score[0]):.4g}"]
     if explanation.baseline_score is not None:
         numbers.append(f"baseline score {float(explanation.baseline_score[0]):.4g}")
@@ -357,7 +359,7 @@ def about_lines(explained: ExplainedCase, explanation: Explanation) -> tuple[str
     numbers.append(f"{explanation.seconds:.3g} s")
     numbers.extend([] if explanation.seed is None else [f"seed {explanation.seed}"])
     numbers.extend(f"{name.replace('_', ' ')} {value}" for name, value in explanation.facts.items())
-    prediction = explained.prediction
+    prediction = explained.prediction_of(explainer)
     if prediction is not None and prediction.ndim == 2 and prediction.shape[1] > 1:
         numbers.append(f"largest output {int(prediction[0].argmax())} of {prediction.shape[1]}")
     return f"target  {explanation.target}", f"method  {explanation.method}", "   ".join(numbers)
@@ -370,13 +372,16 @@ def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel:
     maps = explanation.attributions[name]
     outlines = {
         kind: _outline(values, maps.shape[2:], multilabel)
-        for kind, values in (("prediction", explained.prediction), ("label", explained.label))
+        for kind, values in (
+            ("prediction", explained.prediction_of(explainer)),
+            ("label", explained.label_of(explainer)),
+        )
     }
     return Scene(
         attribution=_array(maps),
         image=_array(image),
         title=_title(explained, explainer, name),
-        about=about_lines(explained, explanation),
+        about=about_lines(explained, explainer),
         channels=tuple(_channel_names(explanation, name, image.shape[1])),
         affine=affine_of(image),
         unit="contribution to the score per voxel" if explanation.summable else "attribution",
@@ -389,7 +394,7 @@ def _draw_features(explained: ExplainedCase, explainer: str, explanation: Explan
         _array(explanation.attributions[name]),
         _channel_names(explanation, name),
         title=_title(explained, explainer, name),
-        about=about_lines(explained, explanation),
+        about=about_lines(explained, explainer),
         unit="contribution to the score" if explanation.summable else "attribution",
         shares=explanation.summable,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from monai_xai import (
     AttributionEvents,
     AttributionHandler,
     Box,
+    ClassScore,
     CompletenessWarning,
     Component,
     Explainer,
@@ -28,9 +30,11 @@ from monai_xai import (
     InputError,
     InputXGradient,
     IntegratedGradients,
+    Labeled,
     MarginScore,
     ModalityCohortHandler,
     ModalityShapley,
+    OutputScore,
     RegionScore,
     Saliency,
     WorstCases,
@@ -157,6 +161,18 @@ def test_a_plain_ignite_engine_is_explained_by_its_image_and_label(form):
     assert torch.equal(case.label, batch["label"])
 
 
+@pytest.mark.gpu
+def test_a_plain_ignite_engine_may_move_its_batch_to_the_device_by_itself():
+    network = small_unet().cuda()
+    engine = Engine(lambda engine, batch: network(batch["image"].cuda()))
+    explainer = Explainer(RegionScore(1, Labeled()), Saliency())
+    handler, recorder = AttributionHandler(explainer, network=network, on_error="raise"), Recorder()
+    for each in (handler, recorder):
+        each.attach(engine)
+    engine.run([{"image": random_image(1, 2, 16, 16), "label": torch.ones(1, 1, 16, 16)}])
+    assert recorder.explained[0].explanations["Saliency"].attributions["image"].is_cuda
+
+
 def test_a_plain_ignite_engine_needs_a_batch_it_can_read(caplog):
     engine = Engine(lambda engine, batch: None)
     handler = AttributionHandler(EXPLAINER, network=small_unet())
@@ -260,7 +276,7 @@ def test_a_failing_explanation_is_logged_with_its_case_and_the_loop_goes_on(capl
         engine.run()
     assert engine.state.iteration == 4
     assert handler.failures == 2
-    assert "case case-0, broken" in caplog.text
+    assert "Not explained: case case-0, broken (Saliency)" in caplog.text
     assert "needs at least 8 output channels" in caplog.text
     assert [list(case.explanations) for case in recorder.explained] == [["fine"], ["fine"]]
 
@@ -284,7 +300,7 @@ def test_a_listener_that_fails_takes_no_map_and_no_other_case(caplog):
     assert listener.cases == ["case-0", "case-1"]
     assert not torch.isnan(maps[0]).any()
     assert handler.failures == 2
-    assert "case case-1, what listens to its explanation" in caplog.text
+    assert "Explained, but not handed on: case case-1, a listener" in caplog.text
 
 
 def test_maps_are_named_by_the_configuration_and_not_by_how_many_lesions_there_are():
@@ -319,6 +335,15 @@ def test_two_handlers_share_the_output_and_do_not_overwrite_each_other(caplog):
     assert "different keys" in caplog.text
 
 
+def test_two_handlers_do_not_share_a_map_for_different_cases_of_a_batch(caplog):
+    first, second = AttributionHandler(EXPLAINER, [0]), AttributionHandler(EXPLAINER, [1])
+    engine = evaluator([first, second], data=cases(2), batch_size=2, decollate=False)
+    engine.run()
+    assert torch.isnan(engine.state.output["attribution"]["image"]).all((1, 2, 3)).tolist() == [False, True]
+    assert (first.failures, second.failures) == (0, 1)
+    assert "case case-1" in caplog.text
+
+
 def test_generic_file_names_get_their_folder_and_cases_that_did_not_come_are_named(caplog):
     data = [
         {
@@ -340,6 +365,17 @@ def test_a_large_gap_is_warned_of_with_its_case():
         evaluator([AttributionHandler(explainer)], data=cases(1), network=network).run()
 
 
+def test_warnings_of_others_come_through_as_they_are():
+    class Noisy(Saliency):
+        def attribute(self, scoring):
+            warnings.warn("slow kernel", RuntimeWarning, stacklevel=1)
+            return super().attribute(scoring)
+
+    with pytest.warns(RuntimeWarning, match="^slow kernel$") as caught:
+        evaluator([AttributionHandler(Explainer(TARGET, Noisy()))], data=cases(1)).run()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 class TwoHeads(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -353,7 +389,47 @@ def test_the_head_that_is_explained_is_the_prediction_that_is_shown():
     recorder = Recorder()
     explainer = Explainer(RegionScore(1, Box((2, 2), (9, 9)), head="seg"), Saliency())
     evaluator([recorder, AttributionHandler(explainer)], data=cases(1), network=TwoHeads()).run()
-    assert recorder.explained[0].prediction.shape == (1, 2, 16, 16)
+    assert recorder.explained[0].prediction_of("Saliency").shape == (1, 2, 16, 16)
+
+
+def test_each_explanation_has_the_prediction_and_label_of_its_own_head():
+    def prepare(batch, device, non_blocking, **kwargs):
+        return batch["image"], {"seg": batch["label"], "cls": torch.ones(len(batch["image"]))}
+
+    recorder = Recorder()
+    explainers = {
+        "class": Explainer(ClassScore(0, head="cls"), Saliency()),
+        "both": Explainer(
+            {"a": RegionScore(1, Labeled(), head="seg"), "ab": OutputScore(head="cls")}, Saliency()
+        ),
+    }
+    handler = AttributionHandler(explainers, [1], on_error="raise")
+    evaluator(
+        [recorder, handler],
+        data=cases(2),
+        batch_size=2,
+        network=TwoHeads(),
+        prepare_batch=prepare,
+        decollate=False,
+    ).run()
+    (case,) = recorder.explained
+    assert {name: tuple(case.prediction_of(name).shape) for name in case.explanations} == {
+        "class": (1, 2),
+        "both_a": (1, 2, 16, 16),
+        "both_ab": (1, 2),
+    }
+    assert torch.equal(case.label_of("both_a"), cases(2)[1]["label"][None])
+    assert torch.equal(case.label_of("class"), torch.ones(1))
+
+
+def test_labels_by_head_do_not_stand_in_the_way_of_what_needs_none():
+    def prepare(batch, device, non_blocking, **kwargs):
+        return batch["image"], {"seg": batch["label"], "grade": [3]}
+
+    recorder, handler = Recorder(), AttributionHandler(EXPLAINER, on_error="raise")
+    evaluator([recorder, handler], data=cases(1), prepare_batch=prepare, decollate=False).run()
+    assert recorder.cases == ["case-0"]
+    assert recorder.explained[0].label_of("Saliency") is None
 
 
 def test_the_worst_cases_of_overlapping_classes_and_of_one_head():
@@ -436,8 +512,24 @@ def test_modalities_of_an_epoch_are_gathered_saved_and_a_collapsed_one_is_named(
 
 
 def test_a_failing_explanation_ends_the_loop_when_asked():
-    with pytest.raises(InputError, match="needs at least 8 output channels"):
-        evaluator([AttributionHandler(Explainer(RegionScore(7), Saliency()), on_error="raise")]).run()
+    explainers = {"why": Explainer(RegionScore(7), Saliency())}
+    message = r"^case case-0, why \(Saliency\): .*needs at least 8 output channels"
+    with pytest.raises(InputError, match=message) as caught:
+        evaluator([AttributionHandler(explainers, on_error="raise")]).run()
+    assert isinstance(caught.value.__cause__, InputError)
+
+
+def test_a_listener_that_fails_ends_the_loop_with_its_own_type_of_error_when_asked():
+    class Listener(Recorder):
+        def attach(self, engine):
+            register_events(engine)
+            engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self.fail)
+
+        def fail(self, engine):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"^case case-0, a listener: .*No space left"):
+        evaluator([AttributionHandler(EXPLAINER, on_error="raise"), Listener()]).run()
 
 
 def test_an_interruption_is_never_swallowed():
@@ -451,6 +543,23 @@ def test_an_interruption_is_never_swallowed():
         engine.run()
     assert all(module.training for module in network.modules())
     assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_an_interruption_leaves_the_maps_of_the_cases_before():
+    class InterruptingTheSecond(Saliency):
+        def attribute(self, scoring):
+            done.append(1)
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            return super().attribute(scoring)
+
+    done = []
+    explainer = Explainer(TARGET, InterruptingTheSecond())
+    engine = evaluator([AttributionHandler(explainer, 3)], data=cases(3), batch_size=3, decollate=False)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    maps = engine.state.output["attribution"]["image"]
+    assert torch.isnan(maps).all((1, 2, 3)).tolist() == [False, True, True]
 
 
 class Threshold(torch.nn.Module):
@@ -489,7 +598,11 @@ def test_another_network_is_explained_by_its_own_prediction():
     torch.testing.assert_close(recorder.explained[0].explanations["Saliency"].score, expected.score)
 
 
-@pytest.mark.parametrize("options", [{"on_error": "ignore"}, {"interval": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"on_error": "ignore"}, {"interval": 0}, {"interval": {1}}, {"interval": "5"}, {"interval": [1.5]}],
+    ids=str,
+)
 def test_options_out_of_range_are_named(options):
     with pytest.raises(InputError, match=next(iter(options))):
         AttributionHandler(EXPLAINER, **options)

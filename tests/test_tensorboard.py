@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -316,6 +319,11 @@ def test_outlines_follow_the_kind_of_output() -> None:
     single = replace(case, prediction=logits[:, 2:], label=(logits[:, 2:] > 0).float())
     one = scene_of(single, "ig", "image", multilabel=False)
     assert (voxels(one.prediction), voxels(one.label)) == (4, 4)
+    heads = replace(case, prediction={"seg": logits, "cls": logits[:, :, 0, 0]}, label={"cls": torch.ones(1)})
+    headed = scene_of(replace(heads, heads={"ig": "seg"}), "ig", "image", multilabel=False)
+    assert voxels(headed.prediction) == 8
+    assert headed.label is None
+    assert scene_of(heads, "ig", "image", multilabel=False).prediction is None
     elsewhere = replace(case, prediction=torch.rand(1, 2, 9, 9), label=torch.tensor([3]))
     none = scene_of(elsewhere, "ig", "image", multilabel=False)
     assert none.prediction is None
@@ -387,6 +395,41 @@ def test_failures_are_handed_on_when_asked(tmp_path: Path) -> None:
         TensorBoardAttributionHandler(str(tmp_path), on_error="ignore")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"got builtins\.str"):
         TensorBoardAttributionHandler(summary_writer="runs")  # type: ignore[arg-type]
+
+
+def test_a_full_disk_takes_pictures_and_no_maps_and_no_other_case(tmp_path: Path) -> None:
+    script = f"""
+        import resource, signal
+        import torch
+        from monai.data import DataLoader, Dataset
+        from monai.engines import SupervisedEvaluator
+        from monai.engines.utils import IterationEvents
+        from monai_xai import AttributionHandler, Box, Explainer, RegionScore, Saliency
+        from monai_xai.tensorboard import TensorBoardAttributionHandler
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        cases = Dataset([{{"image": torch.rand(1, 8, 8), "case_id": f"p{{i}}"}} for i in range(2)])
+        explainer = Explainer(RegionScore(1, Box((1, 1), (5, 5))), Saliency())
+        computes = AttributionHandler(explainer, 2, on_error="raise")
+        draws = TensorBoardAttributionHandler({str(tmp_path)!r})
+        network = torch.nn.Conv2d(1, 2, 3, padding=1)
+        engine = SupervisedEvaluator("cpu", DataLoader(cases), network, val_handlers=[computes, draws], decollate=False)
+
+        @engine.on(IterationEvents.MODEL_COMPLETED)
+        def count(engine):
+            print(engine.state.output["attribution"]["image"].isfinite().all().item())
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        engine.run()
+        print(computes.failures, draws.failures)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["True", "True", "0", "2"], done.stderr
+    assert "Not drawn: Saliency of case p1" in done.stderr
 
 
 def test_a_shared_writer_stays_open(tmp_path: Path) -> None:
