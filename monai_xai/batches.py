@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -69,8 +70,8 @@ class Batch:
     def names(self) -> tuple[str, ...]:
         """Names of the cases: the batch's own, else from file names, else their number in the epoch.
 
-        A file name without a digit, such as ``flair.nii.gz``, names a kind of image and no case: its folder is put in
-        front.
+        A file name without a number, such as ``flair.nii.gz`` or ``T1.nii.gz``, names a kind of image and no case: its
+        folder is put in front.
         """
         batch = self.engine.state.batch
         names = batch.get(self.case_key) if isinstance(batch, Mapping) else None
@@ -173,7 +174,7 @@ def row_of(value: Any, row: int) -> Any:
 
 def _case_of(file: Any) -> str:
     path = Path(str(file).removesuffix(".gz"))
-    is_kind = not any(letter.isdigit() for letter in path.stem)
+    is_kind = not any(letter.isdigit() for letter in re.sub("[Tt][12]", "", path.stem))
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
 
 

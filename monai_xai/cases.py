@@ -134,7 +134,13 @@ def _of_head(label: Any, head: str | int | None) -> Any:
 
 
 def foreground_dice(prediction: Tensor, label: Tensor) -> Tensor:
-    """Return the mean Dice of the foreground classes, shape (N,); an output of one channel is cut at 0."""
+    """Return the mean Dice of the foreground classes, shape (N,); an output of one channel is cut at 0.
+
+    Raises:
+        InputError: if the classes of the label overlap, so that no arg-max can predict them.
+    """
+    if label.shape[1] > 1 and ((label > 0.5).sum(1) > 1).any():
+        raise InputError(f"the classes of the label {tuple(label.shape)} overlap")
     classes = (prediction > 0).long() if prediction.shape[1] == 1 else prediction.argmax(1, keepdim=True)
     truth = label if label.shape[1] == 1 else label.argmax(1, keepdim=True)
     helper = DiceHelper(

@@ -194,19 +194,16 @@ class AttributionHandler:
             try:
                 with _placing_gaps(where):
                     found = self._run(engine, _called(explainer, batch), inputs, label, prediction)
-                named = {part: "_".join(filter(None, (explainer_name, part))) for part in found}
-                own = {named[part]: explanation for part, explanation in found.items()}
+                own = {_joined(explainer_name, part): explanation for part, explanation in found.items()}
                 self._put(engine, batch, row, own)
             except Exception as error:
                 self._fail(error, where)
                 continue
             explanations |= own
-            heads |= {named[part]: _head(explainer, part) for part in found}
+            heads |= {_joined(explainer_name, part): _head(explainer, part) for part in found}
         if explanations:
-            self._tell(
-                engine,
-                ExplainedCase(name, explanations, inputs, prediction, label, engine.state.epoch, heads),
-            )
+            epoch = engine.state.epoch
+            self._tell(engine, ExplainedCase(name, explanations, inputs, prediction, label, epoch, heads))
 
     def _tell(self, engine: Engine, explained: ExplainedCase) -> None:
         """Tell those who listen that a case is explained; what fails there takes nothing from it."""
@@ -232,11 +229,7 @@ class AttributionHandler:
         )
         if explainer.inferer is None and isinstance(own, Inferer):
             explainer = replace(explainer, inferer=own)
-        parameter = next(network.parameters(), None)
-        if (
-            parameter is not None
-        ):  # a plain engine moves its batch within its own function, not where we see it
-            inputs, label = _moved(inputs, parameter.device), _moved(label, parameter.device)
+        inputs, label = _beside(network, inputs), _beside(network, label)
         return explainer.explain(network, inputs, label=label, prediction=prediction if is_what_ran else None)
 
     def _put(
@@ -328,10 +321,22 @@ class ModalityCohortHandler:
                     "%.2g, at most %.2g. The network hardly uses it.",
                     name, engine.state.epoch, row.modality, row.baseline, row.n, row.share, row.share_high,
                 )  # fmt: skip
-            if self.output_dir is not None:
-                cohort.save(Path(self.output_dir, name) if len(self._cohorts) > 1 else self.output_dir)
+            self._save(name, cohort)
         engine.state.cohorts = dict(self._cohorts)
         engine.fire_event(AttributionEvents.COHORT_COMPLETED)
+
+    def _save(self, name: str, cohort: ModalityCohort) -> None:
+        """Save a cohort; what cannot be written is logged and does not end the loop."""
+        if self.output_dir is None:
+            return
+        folder = Path(self.output_dir, name) if len(self._cohorts) > 1 else Path(self.output_dir)
+        try:
+            cohort.save(folder)
+        except OSError as error:
+            logger.warning(
+                "The modalities of %s are not written to %s (%s): free disk space or check rights.",
+                name, folder, error.strerror or error,
+            )  # fmt: skip
 
 
 def _placed(error: Exception, where: str) -> Exception:
@@ -383,6 +388,10 @@ def _method(explainer: AnyExplainer) -> str:
     return explainer.attributor.name if isinstance(explainer, Explainer) else "modalities"
 
 
+def _joined(explainer: str, target: str) -> str:
+    return f"{explainer}_{target}" if target else explainer
+
+
 def _described(name: str, explainer: AnyExplainer) -> str:
     method = _method(explainer)
     return name if name == method else f"{name} ({method})"
@@ -406,11 +415,15 @@ def _head(explainer: AnyExplainer, part: str) -> str | int | None:
     return target.head if isinstance(target, Target) else None
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a tensor, or the tensors in a mapping, on a device; anything else as it is."""
+def _beside(network: torch.nn.Module, value: Any) -> Any:
+    """Return a tensor, or the tensors in a mapping, on the device of the network.
+
+    A plain ignite engine moves its batch within its own function, so that it is seen here where it was loaded.
+    """
     if isinstance(value, Mapping):
-        return {key: _moved(part, device) for key, part in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+        return {key: _beside(network, part) for key, part in value.items()}
+    parameter = next(network.parameters(), None)
+    return value.to(parameter.device) if isinstance(value, Tensor) and parameter is not None else value
 
 
 def _empty(values: Tensor, size: int, source: Tensor) -> Tensor:

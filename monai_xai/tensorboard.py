@@ -75,7 +75,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             1 MB for a whole head at 1 mm in four modalities.
         multilabel: whether classes may overlap, as in BraTS. Then the prediction is outlined where any channel is
             above 0; else where another channel than 0, the background, is largest (of a single channel: above 0).
-        on_error: "log" keeps the loop alive and counts what failed in ``failures``; "raise" hands the error on.
+        on_error: "log" keeps the loop alive and counts what failed in ``failures``; "raise" hands the error on
+            to the :class:`~monai_xai.AttributionHandler`, which does with it what its own ``on_error`` says.
     """
 
     def __init__(

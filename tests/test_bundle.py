@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -279,6 +280,35 @@ def test_constant_sequence_is_refused_by_name(scripts: ModuleType) -> None:
     image = MetaTensor(torch.zeros(4, 8, 8, 8), meta={"filename_or_obj": "somewhere/patient07"})
     with pytest.raises(ValueError, match="patient07: channel 0"):
         scripts.NormalizeForegroundd(keys="image")({"image": image})
+
+
+def test_a_mask_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    script = f"""
+        import resource, signal
+        import numpy as np
+        from scripts import AtomicWriter
+
+        def save(name):
+            writer = AtomicWriter(output_dtype=np.uint8)
+            writer.set_data_array(np.random.default_rng(0).integers(0, 9, (1, 40, 40, 40)))
+            writer.set_metadata({{"affine": np.eye(4)}}, resample=False)
+            writer.write({str(tmp_path)!r} + "/" + name)
+
+        save("whole.nii.gz")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        save("half.nii.gz")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=BUNDLE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.rstrip().endswith("File too large"), done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.nii.gz"]
+    assert nibabel.load(tmp_path / "whole.nii.gz").get_fdata().shape == (40, 40, 40)
 
 
 # --- the bundle ---------------------------------------------------------------------------------------------------

@@ -511,6 +511,16 @@ def test_modalities_of_an_epoch_are_gathered_saved_and_a_collapsed_one_is_named(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["modalities.csv", "modalities.json"]
 
 
+def test_a_cohort_that_cannot_be_written_does_not_end_the_loop(caplog, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    shapley = ModalityShapley(RegionScore(1, Box((2, 2), (9, 9))), {"zero": 0.0, "one": 1.0})
+    gather = ModalityCohortHandler(tmp_path / "file")
+    engine = evaluator([gather, AttributionHandler(shapley)], data=cases(1))
+    engine.run()
+    assert "are not written to" in caplog.text
+    assert engine.state.cohorts
+
+
 def test_a_failing_explanation_ends_the_loop_when_asked():
     explainers = {"why": Explainer(RegionScore(7), Saliency())}
     message = r"^case case-0, why \(Saliency\): .*needs at least 8 output channels"

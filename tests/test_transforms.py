@@ -144,6 +144,16 @@ def test_a_folder_that_is_missing_is_no_full_disk(tmp_path, caplog):
     assert "map.nii.gz is not written" in caplog.text
 
 
+def test_where_save_image_speaks_of_missing_writers_the_log_tells_the_cause(tmp_path, caplog):
+    (tmp_path / "scan_trans.nii.gz").mkdir()
+    image = MetaTensor(torch.ones(1, 4, 4, 4), meta={"filename_or_obj": "scan.nii.gz"})
+    save = SaveImaged("map", output_dir=tmp_path, writer=AtomicNibabelWriter, separate_folder=False)
+    with pytest.raises(RuntimeError, match="cannot find a suitable writer"):
+        save({"map": image})
+    (line,) = (record.message for record in caplog.records if record.name == "monai_xai.transforms")
+    assert f"{tmp_path / 'scan_trans.nii.gz'} is not written (Is a directory)" in line
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(tmp_path):
     writer(np.eye(4)).write(tmp_path / "map.nii")
     before = (tmp_path / "map.nii").read_bytes()
