@@ -511,6 +511,17 @@ def test_modalities_of_an_epoch_are_gathered_saved_and_a_collapsed_one_is_named(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["modalities.csv", "modalities.json"]
 
 
+def test_modalities_without_maps_leave_the_output_as_it_was():
+    shapley = ModalityShapley(RegionScore(1, Box((2, 2), (9, 9))), {"zero": 0.0, "one": 1.0})
+    engine = evaluator(
+        [AttributionHandler(shapley, on_error="raise")],
+        data=cases(1),
+        postprocessing=Compose([FlattenAttributionsd()]),
+    )
+    engine.run()
+    assert "attribution" not in engine.state.output[0]
+
+
 def test_a_cohort_that_cannot_be_written_does_not_end_the_loop(caplog, tmp_path):
     (tmp_path / "file").write_text("in the way")
     shapley = ModalityShapley(RegionScore(1, Box((2, 2), (9, 9))), {"zero": 0.0, "one": 1.0})
