@@ -244,7 +244,9 @@ class AttributionHandler:
             return
         for explained, explanation in explanations.items():
             for name, values in explanation.attributions.items():
-                maps = engine.state.output.setdefault(self.key, {})  # an empty dict does not survive decollation
+                maps = engine.state.output.setdefault(
+                    self.key, {}
+                )  # an empty dict does not survive decollation
                 key = name if self.has_one_map else f"{explained}_{name}"
                 if key not in self._own_maps:
                     if key in maps:

@@ -385,7 +385,7 @@ def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel:
         about=about_lines(explained, explainer),
         channels=tuple(_channel_names(explanation, name, image.shape[1])),
         affine=affine_of(image),
-        unit="contribution to the score per voxel" if explanation.summable else "attribution",
+        unit=_unit(explanation, "per voxel"),
         **outlines,
     )
 
@@ -396,10 +396,18 @@ def _draw_features(explained: ExplainedCase, explainer: str, explanation: Explan
         _channel_names(explanation, name),
         title=_title(explained, explainer, name),
         about=about_lines(explained, explainer),
-        unit="contribution to the score" if explanation.summable else "attribution",
+        unit=_unit(explanation),
         shares=explanation.summable,
     )
     return encode_png(rasterize(figure))
+
+
+def _unit(explanation: Explanation, of: str = "") -> str:
+    """Say what a value means."""
+    if not explanation.summable:
+        return "attribution"
+    what = f"contribution in {explanation.unit}" if explanation.unit else "contribution to the score"
+    return f"{what} {of}".strip()
 
 
 def _title(explained: ExplainedCase, explainer: str, what: str) -> str:

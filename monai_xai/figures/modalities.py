@@ -75,7 +75,12 @@ def draw_waterfall(
     sheet, top, margin = _open([step.label for step in steps], len(steps) + 2, title, about, notes, ROW)
     axes = sheet.axes(EDGE + margin, top, PLOT, ROW * (len(steps) + 2))
     positions = _positions(steps, start)
-    reached = [start, end, *(x for pair in positions for x in pair)]
+    ends = [
+        right + sign * step.error
+        for step, (_, right) in zip(steps, positions, strict=True)
+        for sign in (-1, 1)
+    ]
+    reached = [start, end, *ends, *(left for left, _ in positions)]
     low, high = min(reached), max(reached)
     room = 0.06 * (high - low) or 1.0
     for row, (step, (left, right)) in enumerate(zip(steps, positions, strict=True), start=1):
