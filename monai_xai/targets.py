@@ -28,7 +28,7 @@ class Target(ABC):
     """
 
     head: str | int | None = field(default=None, kw_only=True)
-    unit: str = field(default="", kw_only=True)
+    unit: str = field(default="", kw_only=True, repr=False)
 
     @property
     def needs(self) -> Needs:

@@ -359,7 +359,9 @@ def about_lines(explained: ExplainedCase, explainer: str) -> tuple[str, ...]:
         numbers.append(f"delta {float(explanation.delta[0]):+.2g}{gap}")
     numbers.append(f"{explanation.seconds:.3g} s")
     numbers.extend([] if explanation.seed is None else [f"seed {explanation.seed}"])
-    numbers.extend(f"{name.replace('_', ' ')} {value}" for name, value in explanation.facts.items())
+    for name, value in explanation.facts.items():
+        words = f"{value:.3g}" if isinstance(value, float) else value
+        numbers.append(f"{name.replace('_', ' ')} {words}")
     prediction = explained.prediction_of(explainer)
     if prediction is not None and prediction.ndim == 2 and prediction.shape[1] > 1:
         numbers.append(f"largest output {int(prediction[0].argmax())} of {prediction.shape[1]}")
