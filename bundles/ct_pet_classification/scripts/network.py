@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+MOMENTUM = 0.3  # of the batch norms: few iterations have to suffice for their statistics
+
 
 class LateFusionNet(nn.Module):
     """An encoder for the CT, another for the PET, and a head with one hidden layer over the features of both.
@@ -24,7 +26,7 @@ class LateFusionNet(nn.Module):
     Shapes: ct (N, 1, X, Y, Z); pet (N, 1, X', Y', Z'); result (N, out_channels), logits.
 
     Example:
-        >>> LateFusionNet()(torch.zeros(2, 1, 48, 40, 40), torch.zeros(2, 1, 30, 24, 24)).shape
+        >>> LateFusionNet().eval()(torch.zeros(2, 1, 48, 40, 40), torch.zeros(2, 1, 30, 24, 24)).shape
         torch.Size([2, 2])
     """
 
@@ -50,4 +52,4 @@ def _encoder(channels: Sequence[int]) -> nn.Sequential:
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:
     convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm3d(out_channels), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm3d(out_channels, momentum=MOMENTUM), nn.ReLU())

@@ -210,7 +210,7 @@ class _Lesion:
         radius = float(rng.uniform(11.0, 14.0))
         candidates = rng.uniform([-55, -40, -36], [55, 40, 42], size=(2000, 3))
         depth = thorax.lungs(thorax.straighten(candidates.T))
-        center = candidates[depth > np.partition(depth, -400)[-400]][0]
+        center = candidates[depth > np.quantile(depth, 0.8)][0]
         spikes = rng.standard_normal((14, 3))
         return cls(center, radius, spikes / np.linalg.norm(spikes, axis=1, keepdims=True))
 
