@@ -587,6 +587,13 @@ def _run(files: list[str], **settings: Any) -> str:
     return done.stdout + done.stderr
 
 
+def test_inference_refuses_weights_of_another_biomarker(scripts: ModuleType, untrained: Path) -> None:
+    file = untrained / "models" / "model.pt"
+    scripts.require_checkpoint(file, scripts.BiomarkerNet(center=45.0, spread=15.0))
+    with pytest.raises(ValueError, match=r"model\.pt was trained for a biomarker of 45 ± 15, not of 3 ± 2"):
+        scripts.require_checkpoint(file, scripts.BiomarkerNet(center=3.0, spread=2.0))
+
+
 @pytest.mark.slow
 def test_bundle_trains_evaluates_and_predicts(phantoms: Path, tmp_path: Path) -> None:
     settings = {"dataset_dir": phantoms, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
@@ -609,7 +616,6 @@ def test_bundle_trains_evaluates_and_predicts(phantoms: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_training_learns_the_planted_cue(scripts: ModuleType, tmp_path: Path) -> None:
     phantoms = scripts.write_phantom(tmp_path, scripts.Phantom("redundant", n_cases=50))
-    torch.set_num_threads(1)
     workflow = _workflow("train", ["train.yaml"], phantoms, tmp_path, epochs=16, missing_sequences=0.0)
     workflow.initialize()
     workflow.run()

@@ -65,7 +65,7 @@ class Phantom:
     """
 
     plant: str = "pet"
-    n_cases: int = 96
+    n_cases: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -262,7 +262,7 @@ def _scan_ct(
     for tissue, mask in thorax.layers(points):
         density += mask * (TISSUE[tissue][0] - density)
     density += share(thorax.lungs(points) - 2) * 40.0 * grid.noise(rng, 3.5)  # vessels and airways
-    solid, haze = rng.uniform(700, 1000), rng.uniform(-680, -600)
+    solid, haze = rng.uniform(700, 1000), rng.uniform(0, 60)
     mask, value = share(lesion.depth(grid.points)), haze
     if is_solid:
         mask, value = (

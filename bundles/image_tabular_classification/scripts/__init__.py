@@ -7,7 +7,7 @@ from .network import ImageTableNet
 from .phantom import PLANTS, Phantom, make_films, write_phantom
 from .report import PredictionSaver, log_scores, require_checkpoint, scores_and_labels
 from .schema import ClinicalSchema, TableLayout, Variable, read_schema
-from .transforms import LoadRadiographd
+from .transforms import LoadRadiographd, RandDropInputsd
 
 __all__ = [
     "CLASSES",
@@ -17,6 +17,7 @@ __all__ = [
     "LoadRadiographd",
     "Phantom",
     "PredictionSaver",
+    "RandDropInputsd",
     "TableLayout",
     "Variable",
     "held_out_cases",

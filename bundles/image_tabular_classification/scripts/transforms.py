@@ -1,4 +1,4 @@
-"""Loading with errors that name the case."""
+"""Loading with errors that name the case, and inputs that go missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, RandomizableTransform
 from PIL import Image
 
 
@@ -58,3 +58,31 @@ def _gray(picture: Image.Image) -> np.ndarray:
     """Color and palette pictures as 8 bits of gray, all others with the depth that they have."""
     has_depth = picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16")
     return np.asarray(picture if has_depth else picture.convert("L")).astype(np.float32)
+
+
+class RandDropInputsd(RandomizableTransform, MapTransform):
+    """Let inputs go missing: one of them, or all, become 0.
+
+    A network that is trained so knows what to say when it does not see an input: what it would expect from the others.
+    Then a black film and a record of which nothing is known, not even a level, are baselines that mean *missing*.
+
+    Args:
+        keys: of inputs.
+        prob: how often something goes missing; each input, and all of them together, are then equally likely to.
+    """
+
+    def __init__(self, keys: KeysCollection, prob: float = 0.2) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+
+    def randomize(self, data: Any = None) -> None:
+        super().randomize(data)
+        self._which = int(self.R.randint(len(self.keys) + 1))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        dropped = dict(data)
+        self.randomize()
+        for index, key in enumerate(self.key_iterator(dropped)):
+            if self._do_transform and self._which in (index, len(self.keys)):
+                dropped[key] = dropped[key] * 0
+        return dropped

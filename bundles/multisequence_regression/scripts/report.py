@@ -8,25 +8,40 @@ import math
 import os
 from pathlib import Path
 
+import torch
 from ignite.engine import Engine, Events
 from ignite.metrics.regression import R2Score
 
+from .network import BiomarkerNet
+
+SCALE = ("center", "spread")
 logger = logging.getLogger(__name__)
 
 
-def require_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Refuse to start without a trained network.
+def require_checkpoint(path: str | os.PathLike[str], network: BiomarkerNet) -> None:
+    """Refuse to start without a network that was trained for this biomarker.
 
     Args:
-        path: where training saves it.
+        path: where training saves its weights.
+        network: which is to be given them.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if they are not there.
+        ValueError: if they were trained for a biomarker of another center and spread.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"There is no trained network in {path}. Train one first, in the folder of this bundle: "
             "python -m monai.bundle run --config_file configs/train.yaml"
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("model", saved)
+    trained, wanted = (tuple(float(of[name]) for name in SCALE) for of in (saved, network.state_dict()))
+    if trained != wanted:
+        raise ValueError(
+            f"The network in {path} was trained for a biomarker of {trained[0]:g} ± {trained[1]:g}, not of "
+            f"{wanted[0]:g} ± {wanted[1]:g}. Give --biomarker (and --center, --spread) as in the training, or train "
+            "again with another --ckpt_dir."
         )
 
 
