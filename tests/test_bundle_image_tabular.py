@@ -533,6 +533,17 @@ def test_every_activation_is_a_module_used_once(scripts: ModuleType) -> None:
     assert not any(isinstance(module, nn.ReLU) and module.inplace for module in network.modules())
 
 
+def test_inputs_go_missing_one_by_one_and_together(scripts: ModuleType) -> None:
+    drop = scripts.RandDropInputsd(keys=["image", "clinical"], prob=0.6).set_random_state(0)
+    counts: dict[tuple[bool, bool], int] = {}
+    for _ in range(600):
+        dropped = drop({"image": torch.ones(1, 4, 4), "clinical": torch.ones(3)})
+        there = (bool(dropped["image"].any()), bool(dropped["clinical"].any()))
+        counts[there] = counts.get(there, 0) + 1
+    assert 200 < counts[True, True] < 280
+    assert all(90 < counts[there] < 150 for there in ((True, False), (False, True), (False, False)))
+
+
 def test_network_is_independent_of_the_batch(scripts: ModuleType) -> None:
     network = scripts.ImageTableNet(clinical_features=13).eval()
     image, clinical = torch.rand(3, 1, 40, 64), torch.rand(3, 13)
@@ -622,6 +633,7 @@ def test_workflow_has_all_standard_properties(
         bundle_root=str(BUNDLE),
         dataset_dir=str(phantoms),
         output_dir=str(tmp_path),
+        ckpt_dir=str(tmp_path),
         device="$torch.device('cpu')",
     )
     workflow.initialize()
@@ -689,14 +701,14 @@ def trained(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     return settings, root / "eval"
 
 
-@pytest.mark.skip(reason="the bundle is in the making: not yet run to its end")
+@pytest.mark.slow
 def test_training_saves_weights_and_curves(trained: tuple[dict[str, Any], Path]) -> None:
     settings, output = trained
     assert (settings["ckpt_dir"] / "model.pt").is_file()
     assert {"train_loss", "val_accuracy", "val_auc"} <= _scalars(output)
 
 
-@pytest.mark.skip(reason="the bundle is in the making: not yet run to its end")
+@pytest.mark.slow
 def test_inference_writes_a_table_of_predictions(
     trained: tuple[dict[str, Any], Path], phantoms: Path
 ) -> None:
@@ -712,7 +724,7 @@ def test_inference_writes_a_table_of_predictions(
         assert row["label"] == ("pneumonia" if truth[name]["opacity"] else "no pneumonia")
 
 
-@pytest.mark.skip(reason="the bundle is in the making: not yet run to its end")
+@pytest.mark.slow
 def test_evaluation_reports_accuracy_and_auc(trained: tuple[dict[str, Any], Path]) -> None:
     settings, output = trained
     said = _run(["configs/train.yaml", "configs/evaluate.yaml"], **settings)
@@ -722,17 +734,16 @@ def test_evaluation_reports_accuracy_and_auc(trained: tuple[dict[str, Any], Path
     assert (output / "metrics.csv").is_file()
 
 
-@pytest.mark.skip(reason="the bundle is in the making: not yet run to its end")
+@pytest.mark.slow
 def test_inference_without_a_trained_network_says_what_to_do(phantoms: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"There is no trained network in .*Train one first"):
         _run(["configs/inference.yaml"], dataset_dir=phantoms, ckpt_dir=tmp_path, output_dir=tmp_path)
 
 
-@pytest.mark.skip(reason="the bundle is in the making: not yet run to its end")
-@pytest.mark.parametrize("plant", ["image", "xor"])
-def test_network_learns_what_is_planted(tmp_path: Path, plant: str) -> None:
+@pytest.mark.slow
+def test_network_learns_what_neither_input_tells_alone(tmp_path: Path) -> None:
     settings = {
-        "plant": plant,
+        "plant": "xor",
         "phantom_dir": tmp_path,
         "ckpt_dir": tmp_path / "models",
         "output_dir": tmp_path,

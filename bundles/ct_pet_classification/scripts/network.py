@@ -47,7 +47,9 @@ class LateFusionNet(nn.Module):
 def _encoder(channels: Sequence[int]) -> nn.Sequential:
     widths = [1, *channels]
     blocks = [_block(*pair) for pair in pairwise(widths)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    # A lesion moves the mean over a whole scan but a little: the last norm makes as much of it as of all else.
+    pooled = [nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.BatchNorm1d(widths[-1], momentum=MOMENTUM)]
+    return nn.Sequential(*blocks, *pooled)
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:
