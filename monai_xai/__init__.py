@@ -1,10 +1,17 @@
 """monai_xai: explanations inside MONAI's training and inference loops."""
 
 from monai_xai.attributors import (
+    LRP,
+    AlphaBetaRule,
     Attribution,
     Attributor,
+    BoxRule,
+    Deconvolution,
     DeepLift,
+    EpsilonRule,
     FeatureAblation,
+    FlatRule,
+    GammaRule,
     GradCam,
     GradCamPlusPlus,
     GradientShap,
@@ -14,7 +21,9 @@ from monai_xai.attributors import (
     IntegratedGradients,
     NoiseTunnel,
     Occlusion,
+    PropagationRule,
     Saliency,
+    ZPlusRule,
 )
 from monai_xai.baselines import Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
 from monai_xai.cases import WorstCases
@@ -51,6 +60,8 @@ from monai_xai.windows import StitchedNetwork
 __version__ = "0.1.0"
 
 __all__ = [
+    "LRP",
+    "AlphaBetaRule",
     "AtomicNibabelWriter",
     "Attribution",
     "AttributionError",
@@ -62,6 +73,7 @@ __all__ = [
     "Blocks",
     "Blur",
     "Box",
+    "BoxRule",
     "ChannelMinimum",
     "Channels",
     "ClassScore",
@@ -69,9 +81,11 @@ __all__ = [
     "CompletenessWarning",
     "Component",
     "Constant",
+    "Deconvolution",
     "DeepLift",
     "DiceScore",
     "EmptyRegionError",
+    "EpsilonRule",
     "Explain",
     "Explaind",
     "ExplainedCase",
@@ -80,8 +94,10 @@ __all__ = [
     "FeatureAblation",
     "FeatureMask",
     "Features",
+    "FlatRule",
     "FlattenAttributionsd",
     "FunctionTarget",
+    "GammaRule",
     "GradCam",
     "GradCamPlusPlus",
     "GradientShap",
@@ -103,6 +119,7 @@ __all__ = [
     "Occlusion",
     "OutputScore",
     "Predicted",
+    "PropagationRule",
     "Reading",
     "ReferenceRecord",
     "Region",
@@ -119,6 +136,7 @@ __all__ = [
     "Voxel",
     "WorstCases",
     "XaiError",
+    "ZPlusRule",
     "additive_projection",
     "channel_names",
     "perceptual_score",

@@ -446,51 +446,6 @@ def test_delta_is_reported_by_complete_methods_and_by_no_other(method):
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("act", ["PRELU", "LEAKYRELU", "ELU", "GELU", "SWISH", "MEMSWISH", "MISH"])
-def test_guided_backprop_refuses_networks_where_it_would_be_the_gradient(act):
-    with pytest.raises(UnsupportedNetworkError, match="silently be the plain gradient"):
-        explain(GuidedBackprop(), small_unet(act=act), random_image(1, 2, 16, 16), RegionScore(1, BOX))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"act": "PRELU"}, {"act": "GELU"}, {"norm": "INSTANCE"}, {"norm": ("GROUP", {"num_groups": 2})}],
-)
-def test_deep_lift_refuses_modules_without_a_rule_and_names_them(options):
-    with pytest.raises(UnsupportedNetworkError, match=r"has no rule for .*first: 'model"):
-        explain(DeepLift(), small_unet(**options), random_image(1, 2, 16, 16), RegionScore(1, BOX))
-
-
-class Functional(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.convolution, self.relu, self.function = nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), function
-
-    def forward(self, x):
-        return self.function(self.relu(self.convolution(x)))
-
-
-@pytest.mark.parametrize(
-    "function", [nn.functional.relu, nn.functional.elu, torch.relu_], ids=lambda f: f.__name__
-)
-def test_guided_backprop_refuses_activations_that_are_functions(function):
-    with pytest.raises(UnsupportedNetworkError, match="as functions"):
-        explain(
-            GuidedBackprop(), Functional(function).double(), random_image(1, 2, 16, 16), RegionScore(1, BOX)
-        )
-
-
-def test_guided_backprop_takes_gates_and_modules_inside_norms():
-    network = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.InstanceNorm2d(2), nn.ReLU(), nn.Sigmoid())
-    explain(GuidedBackprop(), network.double(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
-
-
-@pytest.mark.parametrize("module", [nn.AdaptiveMaxPool2d(1), nn.LSTM(2, 2)], ids=lambda m: type(m).__name__)
-def test_deep_lift_refuses_modules_that_captum_does_not_know(module):
-    with pytest.raises(UnsupportedNetworkError, match=type(module).__name__):
-        explain(DeepLift(), nn.Sequential(nn.Conv2d(2, 1, 3), module), random_image(1, 2, 16, 16))
-
-
 class TwoEncoders(nn.Module):
     """CT and PET on two grids, fused late."""
 
@@ -537,20 +492,6 @@ def test_class_activation_maps_refuse_layers_of_tokens():
 
     with pytest.raises(UnsupportedNetworkError, match="spatial activations"):
         explain(GradCam("norm"), Tokens().double(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
-
-
-def test_deep_lift_refuses_activations_that_are_called_twice_and_says_what_helps():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.act, self.second = nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)
-            self.double()
-
-        def forward(self, x):
-            return self.act(self.second(self.act(self.first(x))))
-
-    with pytest.raises(UnsupportedNetworkError, match=r"called once.*IntegratedGradients"):
-        explain(DeepLift(), Twice(), random_image(1, 2, 16, 16), RegionScore(1, BOX))
 
 
 def test_gradients_refuse_a_score_that_does_not_depend_on_the_input():

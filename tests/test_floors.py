@@ -23,6 +23,7 @@ FLOORS = {
     "forward": 1,
     "windows": 1,
     "networks": 1,
+    "operations": 1,
     "attributors": 2,
     "tasks": 3,
     "explainer": 3,

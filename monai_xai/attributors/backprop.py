@@ -1,122 +1,113 @@
-"""Methods that change the rules of backpropagation by hooks, computed by Captum, term by term."""
+"""Guided backpropagation and deconvolution: the gradient, in which rectifiers let only positive signals back."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import captum.attr
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import (
-    Attribution,
-    Attributor,
-    BaselineAttributor,
-    average,
-    refuse_repeated_calls,
-)
-from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.networks import require_relu, require_rescale_rules
+from monai_xai.operations import RECTIFIERS, Operation, Watch, passed, watched
+
+_HIDDEN = frozenset(("maximum", "minimum"))
 
 
 @dataclass(frozen=True)
-class DeepLift(BaselineAttributor):
-    """Differences of activations between input and baseline, passed back by the rescale rule.
+class RectifiedGradient(Attributor):
+    """A gradient with another rule for rectifiers: ReLU and its kin (leaky, parametric, ELU, GELU, SiLU, Mish, …).
 
-    Args:
-        baseline: what the input is held against; attributions are averaged over several (``Samples``), which is
-            Captum's ``DeepLiftShap``.
-
-    Networks with modules for which Captum has no rule (PReLU, instance norm, GELU, …) are refused. What other
-    operations leave open (functional activations, products, pooling beside a skip) shows in ``delta``.
-
-    Reference: Shrikumar et al., "Learning Important Features Through Propagating Activation Differences", ICML 2017
-    (arXiv:1704.02685), rescale rule.
+    They are found call by call, whether modules or functions, shared, or in place. Gates (sigmoid, tanh, softmax) keep
+    their gradient. A network without rectifiers is refused: there it would silently be the plain gradient.
     """
 
-    baseline: BaselineLike = field(default_factory=Blur)
-
-    complete: ClassVar[bool] = True
-    summable: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
-    cause_of_gap: ClassVar[str] = (
-        "the network has operations that DeepLift treats as linear (functional activations, products, max-pooling "
-        "beside a skip); use IntegratedGradients()"
-    )
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        require_rescale_rules(scoring.terms[0].network, self.name)
-        return average([self._propagate(scoring, baseline) for baseline in self.draws(scoring)])
+        scores: list[Tensor] = []
 
-    def _propagate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
-        def attribute(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
-            method, starts = captum.attr.DeepLift(term.function), _contiguous(start)
-            with _reuse_named(self.name):
-                return _call(method, inputs, baselines=starts, additional_forward_args=term.selection())
+        def attribute(term: Term, inputs: Tensors) -> Tensors:
+            with watched(term.network, watch := _Rectify(self)):
+                score, gradients = term.gradient(inputs)
+            watch.require_rectifiers(type(term.network).__name__)
+            scores.append(score)
+            return gradients
 
-        maps = scoring.accumulate(self.name, attribute, scoring.values, baseline)
-        return Attribution(
-            dict(zip(scoring.inputs, maps, strict=True)), scoring.score(), scoring.score(baseline)
-        )
+        maps = scoring.accumulate(self.name, attribute, scoring.values)
+        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.sum_scores(scores))
+
+    @abstractmethod
+    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
+        """Return what goes back through a rectifier.
+
+        Args:
+            slope: returns its derivative where it was called.
+            coming: what comes from above.
+        """
 
 
 @dataclass(frozen=True)
-class GuidedBackprop(Attributor):
-    """The gradient, in which every ReLU lets only positive gradients pass.
+class GuidedBackprop(RectifiedGradient):
+    """The gradient, in which every rectifier lets only positive gradients pass: ``max(g, 0) f'(x)``.
 
-    Networks whose activations are not ReLU modules are refused: there it would silently be the plain gradient.
+    For ReLU this is the paper's rule. For the others, whose derivative takes the place of ReLU's 0 and 1, it is ours.
 
     Reference: Springenberg et al., "Striving for Simplicity: The All Convolutional Net", ICLR workshop 2015
     (arXiv:1412.6806).
     """
 
-    by_hooks: ClassVar[bool] = True
-
-    def attribute(self, scoring: Scoring) -> Attribution:
-        refuse_repeated_calls(self, scoring)
-        term, (part,) = next(scoring.parts(self.name, scoring.values))
-        require_relu(term.network, self.name, lambda: term(part))
-
-        def attribute(term: Term, inputs: Tensors) -> Tensors:
-            method = captum.attr.GuidedBackprop(term.function)
-            return _call(method, inputs, additional_forward_args=term.selection())
-
-        maps = scoring.accumulate(self.name, attribute, scoring.values)
-        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.score())
+    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
+        return coming.relu() * slope()
 
 
-@contextmanager
-def _reuse_named(method: str) -> Iterator[None]:
-    """Say what helps where Captum finds that an activation module is called more than once."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "used more than once" not in str(error):
-            raise
-        raise UnsupportedNetworkError(
-            f"{method} needs every activation module to be called once for a prediction, and this network calls one "
-            f"again (as MONAI's ResNet, SegResNet and DynUNet do): {error} Use IntegratedGradients()."
-        ) from error
+@dataclass(frozen=True)
+class Deconvolution(RectifiedGradient):
+    """The gradient, in which every rectifier is applied to what comes back and not where it was: ``max(g, 0)``.
+
+    Reference: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014 (arXiv:1311.2901).
+    """
+
+    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
+        return coming.relu()
 
 
-def _call(method: captum.attr.GradientAttribution, inputs: Tensors, **options: Tensors) -> Tensors:
-    """Call Captum without its notices that it sets hooks and gradients, which are taken off again here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*(Setting forward, backward hooks|Setting backward hooks|required_grads).*"
-        )
-        maps: tuple[Tensor, ...] = method.attribute(
-            tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs), **options
-        )
-    return tuple(values.detach() for values in maps)
+class _Rectify(Watch):
+    def __init__(self, method: RectifiedGradient) -> None:
+        super().__init__()
+        self.method = method
+        self.count = 0
 
+    def handle(self, operation: Operation) -> Any:
+        if operation.name in _HIDDEN:
+            raise UnsupportedNetworkError(
+                f"{self.method.name} cannot tell whether {operation} rectifies. Use relu, or Saliency()."
+            )
+        if operation.name not in RECTIFIERS or len(operation.dependents) != 1:
+            return operation.run()
+        self.count += 1
+        (x,) = operation.dependents
+        result = operation.run()
 
-def _contiguous(tensors: Tensors) -> Tensors:
-    return tuple(x.contiguous() for x in tensors)
+        def slope() -> Tensor:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                return torch.autograd.grad(operation.on(leaf).run().sum(), leaf)[0]
+
+        def backward(coming: Tensor) -> Sequence[Tensor]:
+            return [self.method.rule(slope, coming)]
+
+        return passed(backward, result, [x])
+
+    def require_rectifiers(self, network: str) -> None:
+        """Refuse a network that has called none."""
+        if not self.count:
+            raise UnsupportedNetworkError(
+                f"{self.method.name} acts on rectifiers (ReLU and its kin), and {network} calls none: it would "
+                "silently be the plain gradient. Use Saliency() or IntegratedGradients()."
+            )

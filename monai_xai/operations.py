@@ -1,0 +1,528 @@
+"""Operations: every differentiable call that a network makes, one by one, so that a rule may take its place.
+
+Methods that change the rules of backpropagation need to know each nonlinearity, addition and product of a network, and
+where it is called. Modules do not tell: activations are shared, called as functions, or work in place, and an addition
+is no module at all. So a network is watched *call by call* (``torch.overrides``): nothing of it is changed, and it does
+not matter how it was written.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from monai.networks.blocks.activation import Mish, Swish
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from monai_xai.errors import UnsupportedNetworkError
+
+
+class Kind(Enum):
+    """What an operation does to the tensors that depend on the input."""
+
+    ROUTE = "moves or copies values"
+    LINEAR = "is linear (or affine) in the one tensor that depends on the input"
+    ADD = "adds or subtracts two tensors that depend on the input"
+    PRODUCT = "is linear in each of two tensors that depend on the input"
+    ACTIVATION = "works on every element by itself"
+    NORM = "normalizes by statistics of the input itself"
+    SOFTMAX = "softmax"
+    MAXIMUM = "keeps the largest value"
+    UNKNOWN = "is known to no rule"
+
+
+# fmt: off
+_ROUTE = frozenset((
+    "alpha_dropout", "as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "cat",
+    "channel_shuffle", "chunk", "clone", "concat", "concatenate", "contiguous", "cpu", "cuda", "diagonal", "double",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "feature_dropout", "flatten",
+    "flip", "float", "gather", "get", "getitem", "hsplit", "hstack", "index_select", "masked_fill", "masked_select",
+    "meshgrid", "moveaxis", "movedim", "narrow", "native_channel_shuffle", "pad", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "positive", "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "rot90",
+    "select", "setitem", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "take",
+    "tensor", "tensor_split", "tile", "to", "transpose", "tril", "triu", "type", "type_as", "unbind", "unflatten",
+    "unfold", "unsqueeze", "view", "view_as", "vsplit", "vstack", "where",
+))
+_LINEAR = frozenset((
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "cumsum", "fold", "grid_sample", "interpolate", "linear", "mean", "nansum", "neg", "negative", "sum", "trace",
+    "upsample",
+))
+ADDITIONS = frozenset((
+    "add", "iadd", "isub", "radd", "rsub", "sub", "subtract",
+))
+_PRODUCT = frozenset((
+    "addcmul", "addmm", "baddbmm", "bmm", "div", "divide", "dot", "einsum", "idiv", "imul", "inner", "itruediv",
+    "matmul", "mm", "mul", "multiply", "mv", "rmatmul", "rmul", "tensordot", "true_divide", "truediv",
+))
+_ACTIVATION = frozenset((
+    "abs", "arctan", "atan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "exp", "expm1",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log10", "log1p", "log2",
+    "logsigmoid", "mish", "nan_to_num", "pow", "prelu", "rdiv", "reciprocal", "relu", "relu6", "rpow", "rrelu",
+    "rsqrt", "rtruediv", "selu", "sigmoid", "silu", "sin", "softplus", "softshrink", "softsign", "sqrt", "square",
+    "tanh", "tanhshrink", "threshold",
+))
+_NORM = frozenset((
+    "group_norm", "instance_norm", "layer_norm", "rms_norm",
+))
+_SOFTMAX = frozenset((
+    "log_softmax", "softmax",
+))
+_MAXIMUM = frozenset((
+    "adaptive_max_pool1d", "adaptive_max_pool1d_with_indices", "adaptive_max_pool2d",
+    "adaptive_max_pool2d_with_indices", "adaptive_max_pool3d", "adaptive_max_pool3d_with_indices", "amax",
+    "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices", "max_pool3d",
+    "max_pool3d_with_indices",
+))
+RECTIFIERS = frozenset((
+    "celu", "clamp", "clamp_min", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu",
+    "relu6", "rrelu", "selu", "silu", "softplus", "threshold",
+))
+# fmt: on
+_KINDS = {
+    name: kind
+    for names, kind in (
+        (_ROUTE, Kind.ROUTE),
+        (_LINEAR, Kind.LINEAR),
+        (ADDITIONS, Kind.ADD),
+        (_PRODUCT, Kind.PRODUCT),
+        (_ACTIVATION, Kind.ACTIVATION),
+        (_NORM, Kind.NORM),
+        (_SOFTMAX, Kind.SOFTMAX),
+        (_MAXIMUM, Kind.MAXIMUM),
+    )
+    for name in names
+}
+_KEEPS_MEANING = {
+    "iadd": "add",
+    "imul": "mul",
+    "isub": "sub",
+    "itruediv": "div",
+    "idiv": "div",
+    "truediv": "div",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of a function of torch.
+
+    Args:
+        name: of the function, without what says that it works in place or from the right: ``relu_`` is "relu".
+        function: what is called; out of place.
+        arguments: by position.
+        options: by keyword.
+        place: dotted name of the module that calls it, for messages.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    place: str = ""
+
+    @property
+    def dependents(self) -> list[Tensor]:
+        """The tensors among the arguments that depend on the input."""
+        return [x for x in _tensors((self.arguments, self.options)) if x.requires_grad]
+
+    @property
+    def kind(self) -> Kind:
+        """What it does to the tensors that depend on the input."""
+        kind, count = _KINDS.get(self.name, Kind.UNKNOWN), len(self.dependents)
+        if count == 1:
+            return self._kind_of_one(kind)
+        if kind in (Kind.ACTIVATION, Kind.NORM, Kind.LINEAR):
+            return Kind.UNKNOWN  # slopes, weights or bounds that depend on the input
+        if kind is Kind.PRODUCT and self.name in ("addmm", "baddbmm", "addcmul"):
+            return Kind.UNKNOWN
+        return kind
+
+    def _kind_of_one(self, kind: Kind) -> Kind:
+        if kind is Kind.PRODUCT:
+            is_divisor = self.name in ("div", "divide", "true_divide") and not _depends(self.arguments[0])
+            return Kind.ACTIVATION if is_divisor else Kind.LINEAR
+        if kind is Kind.ADD:
+            return Kind.LINEAR
+        if self.name == "where" and _depends(self.arguments[0]):
+            return Kind.UNKNOWN
+        return kind
+
+    def run(self) -> Any:
+        """Call the function."""
+        return self.function(*self.arguments, **self.options)
+
+    def on(self, *values: Tensor) -> Operation:
+        """Return the same call with other values in place of the dependents."""
+        fresh = iter(values)
+        arguments, options = _map((self.arguments, dict(self.options)), lambda x: next(fresh))
+        return replace(self, arguments=arguments, options=options)
+
+    def __str__(self) -> str:
+        return f"{self.name}{f' in {self.place!r}' if self.place else ''}"
+
+
+class Watch(TorchFunctionMode):
+    """While entered, every call whose arguments depend on the input goes through :meth:`handle`.
+
+    Only what requires a gradient depends on the input: parameters have to be frozen. Calls in place come as calls out
+    of place, and what they return is written back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    @abstractmethod
+    def handle(self, operation: Operation) -> Any:
+        """Return the result of an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        spelled = getattr(func, "__name__", "")
+        if spelled in _QUERIES or not any(x.requires_grad for x in _tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        name = spelled.strip("_")
+        name = _KEEPS_MEANING.get(name, name)
+        place = self.places[-1] if self.places else ""
+        if name in _ROUTE or name in _WITHOUT_GRADIENT:
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            raise UnsupportedNetworkError(
+                f"{name} in {place!r} is called without a gradient (gradient checkpointing, torch.no_grad?), so that "
+                "no rule reaches it. Build the network with use_checkpoint=False, or use IntegratedGradients()."
+            )
+        if kwargs.get("out") is not None:
+            raise UnsupportedNetworkError(
+                f"{name}(out=...) in {place!r} cannot be explained: return the result."
+            )
+        written = _written_in_place(spelled, args, kwargs)
+        if written is None:
+            return self.handle(Operation(name, func, args, kwargs, place))
+        function = _out_of_place(func, spelled, name)
+        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+        copies = _map(args, lambda x: x.clone())
+        result = self.handle(Operation(name, function, copies, kwargs, place))
+        return written.copy_(result)
+
+
+_QUERIES = frozenset(
+    ("__get__", "size", "dim", "__len__", "numel", "is_contiguous", "stride", "ndimension", "__set__")
+)
+_WITHOUT_GRADIENT = frozenset(
+    (
+        *(
+            "argmax",
+            "argmin",
+            "argsort",
+            "all",
+            "any",
+            "detach",
+            "eq",
+            "equal",
+            "floor",
+            "ge",
+            "gt",
+            "isfinite",
+            "isinf",
+        ),
+        *(
+            "isnan",
+            "item",
+            "le",
+            "lt",
+            "ne",
+            "ones_like",
+            "rand_like",
+            "randn_like",
+            "round",
+            "sign",
+            "zeros_like",
+        ),
+        *(
+            "empty_like",
+            "full_like",
+            "new_empty",
+            "new_full",
+            "new_ones",
+            "new_tensor",
+            "new_zeros",
+            "tolist",
+        ),
+        *(
+            "is_floating_point",
+            "is_complex",
+            "element_size",
+            "numpy",
+            "get_device",
+            "is_same_size",
+            "requires_grad_",
+        ),
+    )
+)
+
+
+def _written_in_place(spelled: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor that a call writes its result to, if it does."""
+    is_in_place = spelled.endswith("_") and not spelled.endswith("__")
+    if (
+        is_in_place
+        or options.get("inplace")
+        or spelled in ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+    ):
+        assert isinstance(arguments[0], Tensor)
+        return arguments[0]
+    return None
+
+
+def _out_of_place(func: Callable[..., Any], spelled: str, name: str) -> Callable[..., Any]:
+    if not spelled.endswith("_"):
+        return func  # an option of it says so
+    for owner in (functional, torch, Tensor):
+        if found := getattr(owner, name, None):
+            return found
+    raise UnsupportedNetworkError(f"{spelled} has no form that does not work in place.")
+
+
+@contextmanager
+def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
+    """Enter a watch, and let it know in which module of the network a call is made.
+
+    Composite activations of MONAI (x * sigmoid(x), x * tanh(softplus(x))) become calls of one function.
+    """
+    handles: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, arguments: watch.places.append(name)
+
+    def leave(module: nn.Module, arguments: object, output: object) -> None:
+        watch.places.pop()
+
+    composites = {
+        module: composite
+        for module in network.modules()
+        if (composite := _COMPOSITES.get(type(module))) and "forward" not in vars(module)
+    }
+    try:
+        for name, module in network.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        for module, composite in composites.items():
+            module.forward = composite(module)
+        with watch:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in composites:
+            del module.forward
+        watch.places.clear()
+
+
+def _swish(module: Swish) -> Callable[[Tensor], Tensor]:
+    return lambda x: (
+        functional.silu(module.alpha * x) / module.alpha if module.alpha != 1 else functional.silu(x)
+    )
+
+
+_COMPOSITES: dict[type, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    Swish: _swish,
+    Mish: lambda module: functional.mish,
+}
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, backward: Callable[[Tensor], Sequence[Tensor | None]], value: list[Tensor], *_: Tensor
+    ) -> Tensor:
+        ctx.passed = backward
+        return value[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, coming: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.passed(coming)
+
+
+def passed(
+    backward: Callable[[Tensor], Sequence[Tensor | None]], value: Tensor, dependents: Sequence[Tensor]
+) -> Tensor:
+    """Return a value with a backward pass of its own, and no other graph.
+
+    Args:
+        backward: gets what comes from above, and returns what goes to each of the dependents.
+        value: the result of a call.
+        dependents: what the result depends on.
+    """
+    # In a list, the value counts as new, so that the network may go on to work on it in place.
+    result: Tensor = _Passed.apply(backward, [value.detach()], *dependents)  # type: ignore[no-untyped-call]
+    return result
+
+
+class Norm(NamedTuple):
+    """What a normalizing call does: groups, takes the mean off, divides, and scales.
+
+    Args:
+        x: the input.
+        shape: of the groups.
+        axes: of the grouped input over which statistics go.
+        weight: broadcasts to the input, if there is one.
+        eps: is added to the variance.
+        is_centered: whether the mean is taken off.
+    """
+
+    x: Tensor
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    weight: Tensor | None
+    eps: float
+    is_centered: bool
+
+    @classmethod
+    def of(cls, operation: Operation) -> Norm:
+        """Read a call of instance, group, layer or root-mean-square norm."""
+        names = _NORM_ARGUMENTS[operation.name]
+        given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+        x, weight, eps = given["input"], given.get("weight"), given.get("eps")
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        if operation.name in ("layer_norm", "rms_norm"):
+            axes = tuple(range(-len(given["normalized_shape"]), 0))
+            return cls(x, tuple(x.shape), axes, weight, eps, operation.name == "layer_norm")
+        if operation.name == "instance_norm" and not given.get("use_input_stats", True):
+            raise UnsupportedNetworkError(f"{operation} with running statistics has no rule; use BatchNorm.")
+        groups = given.get("num_groups", x.shape[1])
+        weight = None if weight is None else weight.reshape(1, -1, *(1,) * (x.ndim - 2))
+        return cls(x, (x.shape[0], groups, -1), (2,), weight, eps, is_centered=True)
+
+    def center(self, x: Tensor) -> Tensor:
+        """Return values in groups, without their mean if that is taken off."""
+        grouped = x.reshape(self.shape)
+        return grouped - grouped.mean(self.axes, keepdim=True) if self.is_centered else grouped
+
+    def deviation(self, centered: Tensor) -> Tensor:
+        """Return what centered values are divided by."""
+        return (centered.square().mean(self.axes, keepdim=True) + self.eps).sqrt()
+
+
+_NORM_ARGUMENTS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+    "instance_norm": (
+        "input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps",
+    ),
+    "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
+}  # fmt: skip
+
+
+def attend_in_steps(operation: Operation) -> Tensor:
+    """Scaled dot-product attention by products and a softmax, each a call of its own."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    query, key, value = given["query"], given["key"], given["value"]
+    scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
+    logits = torch.matmul(query * scale, key.transpose(-2, -1))
+    mask = given.get("attn_mask")
+    if given.get("is_causal"):
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        floor = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~mask, floor) if mask.dtype == torch.bool else logits + mask
+    return torch.matmul(torch.softmax(logits, -1), value)
+
+
+def attend_with_heads_in_steps(operation: Operation) -> tuple[Tensor, None]:
+    """Multi-head attention, as ``nn.MultiheadAttention`` calls it, by its projections and :func:`attend_in_steps`."""
+    names = (
+        "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
+        "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
+    )  # fmt: skip
+    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    unusual = [
+        name
+        for name in (
+            "bias_k",
+            "bias_v",
+            "add_zero_attn",
+            "key_padding_mask",
+            "use_separate_proj_weight",
+            "attn_mask",
+        )
+        if given.get(name) not in (None, False)
+    ]
+    if unusual:
+        raise UnsupportedNetworkError(f"{operation} with {', '.join(unusual)} has no rule.")
+    weights = given["in_proj_weight"].chunk(3)
+    biases = (None,) * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
+    heads = given["num_heads"]
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        projected = functional.linear(x, weight, bias)  # (L, N, E)
+        return projected.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)  # (N, heads, L, E / heads)
+
+    query, key, value = (
+        project(given[name], weight, bias)
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True)
+    )
+    together = functional.scaled_dot_product_attention(query, key, value).permute(2, 0, 1, 3).flatten(-2)
+    return functional.linear(together, given["out_proj_weight"], given["out_proj_bias"]), None
+
+
+def deviate_in_steps(operation: Operation) -> Tensor:
+    """Variance or standard deviation by differences, squares and a root, each a call of its own."""
+    names = ("input", "dim", "unbiased", "keepdim")
+    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    if isinstance(given.get("dim"), bool):  # x.std(False)
+        given["unbiased"] = given.pop("dim")
+    x = given["input"]
+    axes = tuple(range(x.ndim)) if given.get("dim") is None else given["dim"]
+    centered = x - x.mean(axes, keepdim=True)
+    squares = (centered * centered).sum(axes, keepdim=given.get("keepdim", False))
+    correction = (
+        given["correction"] if given.get("correction") is not None else int(given.get("unbiased", True))
+    )
+    variance = squares / (x.numel() // squares.numel() - correction)
+    return variance.sqrt() if operation.name == "std" else variance
+
+
+COMPOSITES: Mapping[str, Callable[[Operation], Any]] = {
+    "scaled_dot_product_attention": attend_in_steps,
+    "std": deviate_in_steps,
+    "var": deviate_in_steps,
+    "multi_head_attention_forward": attend_with_heads_in_steps,
+}
+
+
+def _depends(value: Any) -> bool:
+    return any(x.requires_grad for x in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested arguments with each tensor that depends on the input changed, in the order of :func:`_tensors`."""
+    if isinstance(value, Tensor):
+        return change(value) if value.requires_grad else value
+    if isinstance(value, tuple | list):
+        return type(value)([_map(item, change) for item in value])
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return value
