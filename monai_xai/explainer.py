@@ -110,10 +110,7 @@ class Explainer:
         self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={
-                name: like(
-                    self._per_token(values) if name in task.network.embedded else values, task.given[name]
-                )
-                for name, values in attribution.maps.items()
+                name: self._as_given(name, values, task) for name, values in attribution.maps.items()
             },
             score=attribution.score,
             baseline_score=attribution.baseline_score,
@@ -131,6 +128,12 @@ class Explainer:
         )
         self._judge(explanation)
         return explanation
+
+    def _as_given(self, name: str, values: Tensor, task: Task) -> Tensor:
+        """Return a map like its input; the map of a layer, which has no place in the scan, as it is."""
+        if name not in task.given:
+            return values
+        return like(self._per_token(values) if name in task.network.embedded else values, task.given[name])
 
     def _per_token(self, values: Tensor) -> Tensor:
         """Return one value for each token from those of its embedding, shape (N, L, D) to (N, L)."""

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -21,12 +20,12 @@ from monai.inferers import Inferer
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from monai_xai.attributors.perturbation import see_features
+from monai_xai.attributors.games import Game, Value, marginals, shapley_interactions, shapley_values
 from monai_xai.baselines import Baseline, BaselineLike, Blur, Noise, as_baseline
 from monai_xai.calls import CallForm
-from monai_xai.errors import AttributionError, InputError
+from monai_xai.errors import InputError
 from monai_xai.features import Features, FeaturesLike, as_features, feature_masks
-from monai_xai.forward import Scoring, Tensors, Term, guard
+from monai_xai.forward import Scoring, guard
 from monai_xai.tables import ClinicalVariables
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
@@ -318,13 +317,16 @@ class ModalityShapley:
     def _play(
         self, scoring: Scoring, players: _Players, baseline: Baseline | Mapping[str, Baseline], score: Tensor
     ) -> _Result:
-        draws = [_Game(scoring, start, players, score) for start in scoring.draw(baseline)]
+        draws = [
+            Game(scoring, start, players.masks, sum(map(len, players.members)), score)
+            for start in scoring.draw(baseline)
+        ]
         generator = np.random.default_rng(self.seed)
         results = [self._solve(scoring, players, game, generator) for game in draws]
         return _Result.mean(results)
 
     def _solve(
-        self, scoring: Scoring, players: _Players, game: _Game, generator: np.random.Generator
+        self, scoring: Scoring, players: _Players, game: Game, generator: np.random.Generator
     ) -> _Result:
         coarse = game.of_groups(players.members)
         count = len(players.names)
@@ -360,7 +362,7 @@ class ModalityShapley:
         samples: list[Tensor] = []
         for _ in scoring.track(range(self.max_permutations // 2), "permutations"):
             order = generator.permutation(count).tolist()
-            pair = [_marginals(value, 0, turn, count) for turn in (order, order[::-1])]
+            pair = [marginals(value, 0, turn, count) for turn in (order, order[::-1])]
             samples.append((pair[0] + pair[1]) / 2)
             if len(samples) >= 8:
                 error = torch.stack(samples).std(0) / math.sqrt(len(samples))
@@ -375,7 +377,7 @@ class ModalityShapley:
         return drawn.mean(0), errors
 
     def _divide(
-        self, scoring: Scoring, players: _Players, game: _Game, generator: np.random.Generator
+        self, scoring: Scoring, players: _Players, game: Game, generator: np.random.Generator
     ) -> dict[str, Tensor]:
         """Return the Owen values of the parts of every modality, shape (N, number of parts), by its name.
 
@@ -398,80 +400,19 @@ class ModalityShapley:
             found[name] = total.to(scoring.values[0])
         return found
 
-    def _walks(self, game: _Game, present: int, own: Sequence[int], generator: np.random.Generator) -> Tensor:
+    def _walks(self, game: Game, present: int, own: Sequence[int], generator: np.random.Generator) -> Tensor:
         if len(own) <= 4:
             local = _local(game, present, own)
             return shapley_values(torch.stack([local(bits) for bits in range(2 ** len(own))], 1))
         local, n = _local(game, present, own), max(self.max_permutations // 16, 1)
         orders = [generator.permutation(len(own)).tolist() for _ in range(n)]
         turns = [turn for order in orders for turn in (order, order[::-1])]
-        return torch.stack([_marginals(local, 0, turn, len(own)) for turn in turns]).mean(0)
+        return torch.stack([marginals(local, 0, turn, len(own)) for turn in turns]).mean(0)
 
 
-Value = Callable[[int], Tensor]
-"""The value of a coalition, whose members are the bits of a number, shape (N,)."""
-
-
-def _local(game: _Game, present: int, own: Sequence[int]) -> Value:
+def _local(game: Game, present: int, own: Sequence[int]) -> Value:
     """Return the game among some players, with others present."""
     return lambda bits: game(present | sum(1 << player for i, player in enumerate(own) if bits >> i & 1))
-
-
-def _marginals(value: Value, start: int, order: Iterable[int], count: int) -> Tensor:
-    """Return what each player adds on its way into the coalition, shape (N, count)."""
-    present, before = start, value(start)
-    gains = before.new_zeros((len(before), count))
-    for player in order:
-        present |= 1 << player
-        after = value(present)
-        gains[:, player] = after - before
-        before = after
-    return gains
-
-
-def shapley_values(values: Tensor) -> Tensor:
-    """Return the Shapley values of a game.
-
-    Args:
-        values: of all coalitions, shape (N, 2^M); bit m of a column's number says whether player m is in it.
-
-    Shapes: result (N, M).
-
-    Reference: Shapley, "A Value for n-Person Games", 1953.
-    """
-    count = values.shape[1].bit_length() - 1
-    columns = torch.arange(values.shape[1], device=values.device)
-    found = []
-    for m in range(count):
-        without = columns[(columns >> m & 1) == 0]
-        weights = values.new_tensor(
-            [1 / (count * math.comb(count - 1, int(column).bit_count())) for column in without]
-        )
-        found.append(((values[:, without | 1 << m] - values[:, without]) * weights).sum(1))
-    return torch.stack(found, 1)
-
-
-def shapley_interactions(values: Tensor) -> Tensor:
-    """Return the Shapley interaction index of each pair of players, shape (N, M, M), 0 on the diagonal.
-
-    Args:
-        values: of all coalitions, shape (N, 2^M), see :func:`shapley_values`.
-
-    Reference: Grabisch & Roubens, "An axiomatic approach to the concept of interaction among players in cooperative
-    games", International Journal of Game Theory 1999, definition 1.
-    """
-    count = values.shape[1].bit_length() - 1
-    columns = torch.arange(values.shape[1], device=values.device)
-    found = values.new_zeros((len(values), count, count))
-    for i, j in combinations(range(count), 2):
-        a, b = 1 << i, 1 << j
-        without = columns[(columns & (a | b)) == 0]
-        sizes = [int(column).bit_count() for column in without]
-        weights = values.new_tensor([1 / ((count - 1) * math.comb(count - 2, size)) for size in sizes])
-        together = values[:, without | a | b] + values[:, without]
-        apart = values[:, without | a] + values[:, without | b]
-        found[:, i, j] = found[:, j, i] = ((together - apart) * weights).sum(1)
-    return found
 
 
 @dataclass(frozen=True)
@@ -566,85 +507,6 @@ class _Result(NamedTuple):
             {name: mean(r.parts[name] for r in results) for name in results[0].parts},
             sum(r.evaluations for r in results),
         )
-
-
-class _Game:
-    """The score as a function of which parts of the inputs are there and which are at their baseline.
-
-    Terms that a coalition leaves as they were for another are not computed again.
-
-    Args:
-        scoring: the score.
-        baseline: what takes the place of missing parts, for each input.
-        players: which parts there are and where they lie.
-        score: the score when all of them are there.
-    """
-
-    def __init__(self, scoring: Scoring, baseline: Tensors, players: _Players, score: Tensor) -> None:
-        self._scoring = scoring
-        self._count = sum(map(len, players.members))
-        self._known = {2**self._count - 1: score}
-        self._terms = [
-            _TermGame(
-                term,
-                inputs,
-                start,
-                [
-                    see_features(mask[0], term.coordinates(x))
-                    for mask, x in zip(players.masks, scoring.values, strict=True)
-                ],
-            )
-            for term, (inputs, start) in scoring.parts("baseline", scoring.values, baseline)
-        ]
-
-    def __call__(self, bits: int) -> Tensor:
-        """Return the score when the parts whose bits are set are there, shape (N,)."""
-        if bits not in self._known:
-            table = torch.tensor([bits >> part & 1 for part in range(self._count)] + [0], dtype=torch.bool)
-            scores = [term.score(bits, table) for term in self._terms]
-            self._known[bits] = self._scoring.sum_scores(scores)
-            if not torch.isfinite(self._known[bits]).all():
-                raise AttributionError(
-                    "The score is not finite with some inputs at their baseline: choose other baselines."
-                )
-        return self._known[bits]
-
-    def of_groups(self, groups: Sequence[Sequence[int]]) -> Value:
-        """Return the game among groups of parts."""
-        members = [sum(1 << part for part in group) for group in groups]
-        return lambda bits: self(sum(group for i, group in enumerate(members) if bits >> i & 1))
-
-    @property
-    def evaluations(self) -> int:
-        """How many calls of a term's network were made."""
-        return sum(len(term.known) for term in self._terms)
-
-
-class _TermGame:
-    """The game of one term, in which parts that equal their baseline there, or are not there, are null players."""
-
-    def __init__(self, term: Term, inputs: Tensors, start: Tensors, parts: Sequence[Tensor]) -> None:
-        self._term, self._inputs, self._start, self._parts = term, inputs, start, parts
-        self.known: dict[int, Tensor] = {}
-
-    @cached_property
-    def _active(self) -> int:
-        found: set[int] = set()
-        for x, b, parts in zip(self._inputs, self._start, self._parts, strict=True):
-            differs = (x != b).any(0)
-            found |= set(torch.unique(parts.expand(differs.shape)[differs.to(parts.device)]).tolist())
-        return sum(1 << part for part in found if part >= 0)
-
-    def score(self, bits: int, table: Tensor) -> Tensor:
-        """Return the score of the term; ``table`` says for each part whether it is there (last: padding)."""
-        key = bits & self._active
-        if key not in self.known:
-            mixed = tuple(
-                torch.where(table.to(parts.device)[parts], x, b)
-                for x, b, parts in zip(self._inputs, self._start, self._parts, strict=True)
-            )
-            self.known[key] = self._term(mixed)
-        return self.known[key]
 
 
 def _names(key: str, count: int, given: Mapping[str, Sequence[str]]) -> list[str]:

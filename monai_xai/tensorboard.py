@@ -176,6 +176,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
                 title=_title(explained, explainer, "modalities"),
                 about=about_lines(explained, explainer),
                 notes=_balance(explanation, contributions),
+                unit=_unit(explanation),
             )
             yield "modalities", encode_png(rasterize(figure))
         for name, values in explanation.attributions.items():
@@ -302,13 +303,28 @@ def waterfall_steps(explanation: ModalityExplanation, baseline: str) -> list[Ste
     return steps
 
 
+def synergies(explanation: ModalityExplanation, baseline: str) -> Tensor:
+    """Return the interactions of the first sample, above 0 for synergy and below for redundancy, shape (M, M).
+
+    An interaction has the sign of the score: of two modalities that lower it, redundant ones have one above 0. It is
+    counted here in the direction in which the two move the score, so that cases of either direction can be averaged.
+
+    Raises:
+        InputError: if coalitions were sampled, so that interactions are not known.
+    """
+    if explanation.interactions is None:
+        raise InputError("Interactions are not known where coalitions were sampled.")
+    values = explanation.values[baseline][0]
+    return explanation.interactions[baseline][0] * (values[:, None] + values).sign()
+
+
 def _interaction_notes(explanation: ModalityExplanation, baseline: str) -> list[str]:
     """Say which pair does most together: values and shares alone would hide it."""
     if explanation.interactions is None or len(explanation.modalities) < 2:
         return []
     pairs = explanation.interactions[baseline][0]
     i, j = divmod(int(pairs.abs().argmax()), len(explanation.modalities))
-    kind = "synergy" if pairs[i, j] > 0 else "redundancy"
+    kind = "synergy" if synergies(explanation, baseline)[i, j] > 0 else "redundancy"
     names = f"{explanation.modalities[i]} and {explanation.modalities[j]}"
     return [
         f"largest interaction: {names} {float(pairs[i, j]):+.3g} ({kind}); share of interactions (InterSHAP) "
@@ -337,14 +353,39 @@ def figures_of_cohort(cohort: ModalityCohort, title: str) -> Iterator[tuple[str,
         about = [f"baseline  {baseline}   {len(cohort.cases)} cases, mean with 95 % interval"]
         intervals = np.array([(row.low, row.high) for row in own])
         figure = draw_cohort(
-            cohort.values(baseline), cohort.modalities, intervals, title=title, about=about, notes=notes
+            cohort.values(baseline),
+            cohort.modalities,
+            intervals,
+            title=title,
+            about=about,
+            notes=notes,
+            **_cohort_unit(cohort),
         )
         yield f"{_clean(baseline)}/values", figure
-        interactions = cohort.interactions(baseline)
-        if interactions is not None and len(cohort.modalities) > 1:
-            means = cohort.values(baseline).mean(0)
-            figure = draw_interactions(means, interactions, cohort.modalities, title=title, about=about)
-            yield f"{_clean(baseline)}/interactions", figure
+        if cohort.interactions(baseline) is not None and len(cohort.modalities) > 1:
+            yield f"{_clean(baseline)}/interactions", _draw_cohort_interactions(cohort, baseline, title)
+
+
+def _cohort_unit(cohort: ModalityCohort) -> dict[str, str]:
+    unit = next(iter(cohort.cases.values())).unit
+    return {"unit": f"contribution in {unit}"} if unit else {}
+
+
+def _draw_cohort_interactions(cohort: ModalityCohort, baseline: str, title: str) -> Figure:
+    """Draw means over cases, each counted in its own direction: signed means cancel where scores go up and down."""
+    values, cases = cohort.values(baseline), cohort.cases.values()
+    pairs = np.mean([synergies(case, baseline).tolist() for case in cases], axis=0)
+    return draw_interactions(
+        (values * np.sign(values.sum(1, keepdims=True))).mean(0),
+        pairs,
+        cohort.modalities,
+        title=title,
+        about=[
+            f"baseline  {baseline}   mean of {len(cases)} cases, each counted in the direction in which its score moves"
+        ],
+        note="diagonal: Shapley value; beside: interaction, red where two do more together than each alone (synergy), "
+        "blue where less (redundancy)",
+    )
 
 
 def about_lines(explained: ExplainedCase, explainer: str) -> tuple[str, ...]:

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from monai_xai.errors import InputError
-from monai_xai.figures import Scene, animate, draw_bars, draw_montage, draw_planes, encode_png, rasterize
+from monai_xai.figures import (
+    Scene,
+    animate,
+    draw_bars,
+    draw_cohort,
+    draw_montage,
+    draw_planes,
+    encode_png,
+    rasterize,
+)
 from monai_xai.figures.colors import LABEL, PREDICTION, blend, overlay_colors
 from monai_xai.figures.geometry import geometry_of
 from monai_xai.figures.overlays import pick_slices
@@ -528,3 +537,18 @@ def test_drawing_touches_nothing_global() -> None:
     assert dict(matplotlib.rcParams) == settings
     np.testing.assert_array_equal(np.random.get_state()[1], state)  # type: ignore[index]
     np.testing.assert_array_equal(shown.attribution, maps)
+
+
+# ---- modalities
+
+
+def test_numbers_of_a_cohort_fit_onto_the_sheet() -> None:
+    values, intervals = (
+        np.array([[0.00237, 3.1], [0.00237, -2.9]]),
+        np.array([[-0.00027, 0.0051], [-3.0, 3.2]]),
+    )
+    figure = draw_cohort(values, ["film", "record"], intervals)
+    rasterize(figure)
+    boxes = [text.get_window_extent() for text in figure.texts]
+    assert max(box.x1 for box in boxes) <= figure.bbox.width
+    assert "+0.00237  [-0.00027, +0.0051]" in words(figure)

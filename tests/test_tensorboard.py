@@ -41,12 +41,17 @@ from monai_xai import (
 )
 from monai_xai.errors import InputError
 from monai_xai.explanation import Explanation
+from monai_xai.figures import draw_bars
 from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
+from monai_xai.modalities import ModalityExplanation
 from monai_xai.tensorboard import (
     TensorBoardAttributionHandler,
     affine_of,
     contributions_of,
+    figures_of_cohort,
+    figures_of_modalities,
     scene_of,
+    synergies,
     waterfall_steps,
 )
 
@@ -266,6 +271,65 @@ def test_a_cohort_has_its_spread_and_curves_over_epochs(tmp_path: Path) -> None:
     events = read(tmp_path)
     assert "modalities/cohort/air/values" in events.Tags()["images"]
     assert [event.step for event in events.Scalars("cohort/modalities/mean/air/image")] == [2]
+
+
+def test_bars_of_modalities_say_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units: list[str] = []
+
+    def draw(*args: Any, **options: Any) -> Any:
+        units.append(options["unit"])
+        return draw_bars(*args, **options)
+
+    monkeypatch.setattr("monai_xai.tensorboard.draw_bars", draw)
+    write(tmp_path, explained(explanations={"ig": explanation(unit="years")}), **PLANES_ONLY)
+    assert set(units) == {"contribution in years"}
+
+
+class Alarm(torch.nn.Module):
+    """Two inputs, one of which is enough to raise or lower the score; both together do no more."""
+
+    def forward(self, ct: torch.Tensor, pet: torch.Tensor) -> torch.Tensor:
+        return (ct + pet).clamp(-1, 1)
+
+
+class Agreement(torch.nn.Module):
+    """Two inputs that tell something together only."""
+
+    def forward(self, ct: torch.Tensor, pet: torch.Tensor) -> torch.Tensor:
+        return ct * pet.abs()
+
+
+def of_both_directions(network: torch.nn.Module) -> list[ModalityExplanation]:
+    """Explain a case whose score rises by 1 and one whose score falls by 1."""
+    ask = ModalityShapley(OutputScore(unit="log-odds"), {"absent": 0.0, "again": 0.0})
+    inputs = [{"ct": torch.full((1, 1), value), "pet": torch.full((1, 1), value)} for value in (1.0, -1.0)]
+    return [ask(network, given) for given in inputs]
+
+
+@pytest.mark.parametrize(
+    ("network", "interaction", "word"),
+    [(Alarm(), -1.0, "redundancy"), (Agreement(), 1.0, "synergy")],
+    ids=["redundant", "together"],
+)
+def test_redundancy_is_called_so_whether_the_score_rises_or_falls(
+    network: torch.nn.Module, interaction: float, word: str
+) -> None:
+    rising, falling = of_both_directions(network)
+    for found, sign in ((rising, 1), (falling, -1)):
+        assert found.interactions["absent"][0, 0, 1] == pytest.approx(sign * interaction)
+        assert synergies(found, "absent")[0, 1] == pytest.approx(interaction)
+        waterfall = dict(figures_of_modalities(found, "p1"))["absent/waterfall"]
+        assert f"({word})" in " ".join(text.get_text() for text in waterfall.texts)
+
+
+def test_picture_of_a_cohort_does_not_cancel_cases_of_opposite_direction() -> None:
+    cohort = ModalityCohort()
+    for name, found in zip(("p1", "p2"), of_both_directions(Alarm()), strict=True):
+        cohort.add(name, found)
+    figures = dict(figures_of_cohort(cohort, "epoch 1"))
+    table = figures["absent/interactions"].axes[0].images[0].get_array()
+    np.testing.assert_allclose(table, [[0.5, -1.0], [-1.0, 0.5]], atol=1e-6)
+    assert figures["absent/values"].axes[0].get_xlabel() == "contribution in log-odds"
 
 
 def test_names_stay_one_level_of_a_tag(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Class activation maps: Grad-CAM, Grad-CAM++ and HiResCAM of one layer.
+"""Class activation maps: where one layer is active, weighted by what that means to the score.
 
 For a target over a region they are Seg-Grad-CAM (Vinogradova et al. 2020). Through sliding windows a map is defined
 per window, for the window's own part of the score, and blended as predictions are: ``sum_w a_w CAM_w / A``. The blended
@@ -8,13 +8,16 @@ map is not the map of an imagined network on the whole volume; that does not exi
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from captum.attr import LayerAttribution
 from torch import Tensor, nn
+from torch.nn import functional
 
+from monai_xai.attributors.backprop import GuidedBackprop
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
@@ -23,7 +26,7 @@ from monai_xai.networks import choose_layer, find_layer
 
 @dataclass(frozen=True)
 class ClassActivationAttributor(Attributor):
-    """A map from the activations of one layer and the gradient of the score there.
+    """A map from the activations of one layer.
 
     Args:
         layer: dotted name of the layer in the network; None takes the last convolution at the coarsest resolution
@@ -51,7 +54,7 @@ class ClassActivationAttributor(Attributor):
         scores: list[Tensor] = []
         total = torch.zeros_like(scoring.padding.pad(scoring.inputs[name][:, :1]))
         for term, (inputs,) in scoring.parts(self.name, scoring.values):
-            score, cam = self._term_map(term, inputs, layer, place)
+            score, cam = self.term_map(term, inputs, layer, place)
             scores.append(score)
             term.add([total], [cam.to(total) * term.blending()])
         return Attribution(
@@ -82,18 +85,26 @@ class ClassActivationAttributor(Attributor):
             )
         return seen[0]
 
-    def _term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
-        """Return the score of one term and its map, shape (n, 1, *part)."""
+    @abstractmethod
+    def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
+        """Return the score of one term and its map, shape (n, 1, *part).
+
+        Args:
+            term: the term.
+            inputs: what it sees.
+            layer: name of the layer.
+            place: which of the inputs is the image that the layer sees.
+        """
+
+
+@dataclass(frozen=True)
+class GradientWeightedCam(ClassActivationAttributor):
+    """A map from the activations of one layer and the gradient of the score there."""
+
+    def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         score, activation, gradient = activation_and_gradient(term, inputs, layer)
-        image = inputs[place]
-        if activation.ndim != image.ndim:
-            raise UnsupportedNetworkError(
-                f"{self.name} needs a layer with spatial activations (n, K, *spatial) as the image "
-                f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'."
-            )
-        cam = self.combine(activation, gradient).relu()
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[image.ndim - 2]
-        return score, LayerAttribution.interpolate(cam, tuple(image.shape[2:]), interpolate_mode=mode)
+        require_grid(self, activation, inputs[place], layer)
+        return score, scale_up(self.combine(activation, gradient).relu(), inputs[place])
 
     @abstractmethod
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ class ClassActivationAttributor(Attributor):
 
 
 @dataclass(frozen=True)
-class GradCam(ClassActivationAttributor):
+class GradCam(GradientWeightedCam):
     """Activations weighted by the spatial mean of their gradient.
 
     Reference: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
@@ -114,7 +125,7 @@ class GradCam(ClassActivationAttributor):
 
 
 @dataclass(frozen=True)
-class GradCamPlusPlus(ClassActivationAttributor):
+class GradCamPlusPlus(GradientWeightedCam):
     """Activations weighted by their positive gradients, each in proportion to its share in the score.
 
     Reference: Chattopadhay et al., "Grad-CAM++: Generalized Gradient-Based Visual Explanations for Deep Convolutional
@@ -130,7 +141,7 @@ class GradCamPlusPlus(ClassActivationAttributor):
 
 
 @dataclass(frozen=True)
-class HiResCam(ClassActivationAttributor):
+class HiResCam(GradientWeightedCam):
     """Activations times their gradients, voxel by voxel: does not blur what the gradient says by its mean.
 
     Reference: Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
@@ -170,6 +181,43 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
     return score.detach(), activation, torch.zeros_like(activation) if gradient is None else gradient
 
 
+@contextmanager
+def layer_replaced(term: Term, layer: str, activation: Tensor) -> Iterator[None]:
+    """Let a layer give this activation, whatever it sees."""
+    handle = find_layer(term.network, layer).register_forward_hook(lambda *_: activation.clone())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replace_one(inputs: Tensors, place: int, value: Tensor) -> Tensors:
+    """Return the inputs with another one in one place."""
+    return (*inputs[:place], value, *inputs[place + 1 :])
+
+
+def require_grid(method: Attributor, activation: Tensor, image: Tensor, layer: str) -> None:
+    """Refuse a layer whose activations have no grid.
+
+    Raises:
+        UnsupportedNetworkError: with the shapes.
+    """
+    if activation.ndim != image.ndim:
+        raise UnsupportedNetworkError(
+            f"{method.name} needs a layer with spatial activations (n, K, *spatial) as the image "
+            f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'."
+        )
+
+
+def scale_up(maps: Tensor, image: Tensor) -> Tensor:
+    """Return maps of a layer on the grid of an image, interpolated."""
+    return functional.interpolate(maps, tuple(image.shape[2:]), mode=_linear_mode(image.ndim - 2))
+
+
+def _linear_mode(dims: int) -> str:
+    return {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]
+
+
 def inputs_of_layer(term: Term, inputs: Tensors, layer: str) -> list[bool]:
     """Return for each input of a term whether a layer's activation depends on it."""
     activations: list[Tensor] = []
@@ -192,3 +240,145 @@ def inputs_of_layer(term: Term, inputs: Tensors, layer: str) -> list[bool]:
 
 def _grid_axes(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.ndim))
+
+
+@dataclass(frozen=True)
+class XGradCam(GradientWeightedCam):
+    """Activations weighted by their gradients, averaged in proportion to the activations.
+
+    Reference: Fu et al., "Axiom-based Grad-CAM", BMVC 2020, equation 8 (arXiv:2008.02312).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        axes = _grid_axes(gradient)
+        total = activation.sum(axes, keepdim=True)
+        mean = (activation * gradient).sum(axes, keepdim=True) / torch.where(total == 0, 1, total)
+        return (mean * activation).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class LayerCam(GradientWeightedCam):
+    """Activations times their positive gradients, voxel by voxel.
+
+    Reference: Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE TIP 2021,
+    equations 6 and 7 (doi:10.1109/TIP.2021.3089943).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        return (activation * gradient.relu()).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class EigenCam(GradientWeightedCam):
+    """The first principal component of the activations: where the layer reacts most, whatever the score.
+
+    Its sign, which is arbitrary, is that of the mean activation. Says nothing of the target: compare with another.
+
+    Reference: Muhammad & Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", IJCNN 2020
+    (arXiv:2008.00299).
+    """
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        flat = activation.flatten(2)
+        _, _, rows = torch.linalg.svd(flat, full_matrices=False)
+        component = rows[:, :1]
+        sign = torch.sign((component * flat.mean(1, keepdim=True)).sum(2, keepdim=True))
+        strength = torch.linalg.vector_norm(flat @ component.mT, dim=1, keepdim=True)
+        return (component * sign * strength).reshape(len(flat), 1, *activation.shape[2:])
+
+
+@dataclass(frozen=True)
+class SegXResCam(GradientWeightedCam):
+    """Activations weighted by gradients that are pooled nearby, not over the whole grid: between Grad-CAM and HiResCAM.
+
+    Args:
+        pool_size: edge of the pooling window in voxels of the layer.
+        pool_mode: "mean" or "max".
+
+    Reference: Hasany et al., "Seg-XRes-CAM: Explaining Spatially Local Regions in Image Segmentation", CVPR workshop
+    2023.
+    """
+
+    pool_size: int = 2
+    pool_mode: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_size < 1 or self.pool_mode not in ("mean", "max"):
+            raise InputError(f"{self}: pool_size must be at least 1, pool_mode 'mean' or 'max'.")
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        grid, dims = tuple(gradient.shape[2:]), gradient.ndim - 2
+        pool = getattr(functional, f"{'avg' if self.pool_mode == 'mean' else 'max'}_pool{dims}d")
+        pooled = pool(gradient, tuple(min(self.pool_size, n) for n in grid), ceil_mode=True)
+        weights = functional.interpolate(pooled, grid, mode=_linear_mode(dims))
+        return (activation * weights).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class ScoreCam(ClassActivationAttributor):
+    """Activations weighted by the score that the input keeps when each of them, scaled up, masks it. Needs no gradient.
+
+    Takes one forward pass for each channel of the layer.
+
+    Reference: Wang et al., "Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks", CVPR
+    workshop 2020, equations 3 to 6 (arXiv:1910.01279).
+    """
+
+    def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
+        score, activation, _ = activation_and_gradient(term, inputs, layer)
+        image = inputs[place]
+        require_grid(self, activation, image, layer)
+        masks = scale_up(activation, image)
+        low, high = (f(masks, _grid_axes(masks), keepdim=True) for f in (torch.amin, torch.amax))
+        masks = (masks - low) / torch.where(high > low, high - low, 1)
+        kept = [term(replace_one(inputs, place, image * masks[:, k : k + 1])) for k in range(masks.shape[1])]
+        gain = torch.stack(kept, 1) - term(replace_one(inputs, place, torch.zeros_like(image)))[:, None]
+        weights = gain.softmax(1).reshape(*gain.shape, *(1,) * (activation.ndim - 2))
+        return score, scale_up((weights * activation).sum(1, keepdim=True).relu(), image)
+
+
+@dataclass(frozen=True)
+class AblationCam(ClassActivationAttributor):
+    """Activations weighted by the share of the score that is lost without each of them. Needs no gradient.
+
+    Takes one forward pass for each channel of the layer.
+
+    Reference: Desai & Ramaswamy, "Ablation-CAM: Visual Explanations for Deep Convolutional Network via Gradient-free
+    Localization", WACV 2020, equations 4 and 5.
+    """
+
+    def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
+        score, activation, _ = activation_and_gradient(term, inputs, layer)
+        require_grid(self, activation, inputs[place], layer)
+        lost = []
+        for k in range(activation.shape[1]):
+            without = activation.clone()
+            without[:, k] = 0
+            with layer_replaced(term, layer, without):
+                lost.append(score - term(inputs))
+        whole = torch.where(score == 0, 1, score)[:, None]
+        weights = (torch.stack(lost, 1) / whole).reshape(*activation.shape[:2], *(1,) * (activation.ndim - 2))
+        return score, scale_up((weights * activation).sum(1, keepdim=True).relu(), inputs[place])
+
+
+@dataclass(frozen=True)
+class GuidedGradCam(Attributor):
+    """Guided backpropagation times Grad-CAM.
+
+    Args:
+        layer: of Grad-CAM, see :class:`GradCam`.
+
+    Reference: Selvaraju et al., ICCV 2017, section 3.2 (arXiv:1610.02391).
+    """
+
+    layer: str | None = None
+
+    linear: ClassVar[bool] = False
+    needs_layer: ClassVar[bool] = True
+    by_hooks: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        coarse, fine = GradCam(self.layer).attribute(scoring), GuidedBackprop().attribute(scoring)
+        maps = {name: cam * fine.maps[name] for name, cam in coarse.maps.items()}
+        return Attribution(maps, coarse.score, facts=coarse.facts)

@@ -125,6 +125,8 @@ def draw_interactions(
     *,
     title: str = "",
     about: Sequence[str] = (),
+    note: str = "diagonal: Shapley value; beside: interaction, red where two together raise the score by more than "
+    "each alone, blue where by less",
 ) -> Figure:
     """Return a heat map: what each modality contributes on the diagonal, what pairs do together beside it.
 
@@ -134,6 +136,7 @@ def draw_interactions(
         names: of the modalities.
         title: the case and what is shown.
         about: lines below the title.
+        note: what the colors mean.
     """
     count = len(names)
     table = interactions + np.diag(values)
@@ -165,7 +168,6 @@ def draw_interactions(
                 ha="center",
                 **style,
             )
-    note = "diagonal: Shapley value; beside: interaction, red where two add more together (synergy), blue where less"
     for number, line in enumerate(textwrap.wrap(note, letters_in(width))):
         sheet.text(EDGE, top + CELL * count + 0.3 + LINE * number, line, color=FAINT_INK)
     return sheet.figure
@@ -193,7 +195,9 @@ def draw_cohort(
         unit: of the values.
     """
     height = 0.5
-    sheet, top, margin = _open(names, len(names), title, about, notes, height)
+    said = [_mean_words(float(values[:, m].mean()), *intervals[m]) for m in range(len(names))]
+    room = 0.12 + 0.072 * max(map(len, said), default=0)
+    sheet, top, margin = _open(names, len(names), title, about, notes, height, max(NUMBERS, room))
     axes = sheet.axes(EDGE + margin, top, PLOT, height * len(names))
     axes.axvline(0, color=FAINT_INK, linewidth=0.8)
     limit = 1.08 * float(np.abs(values).max(initial=0.0)) or 1.0
@@ -205,11 +209,10 @@ def draw_cohort(
         if np.isfinite([low, high]).all():
             axes.plot([low, high], [m, m], color=INK, linewidth=1.6)
         axes.plot([mean, mean], [m - 0.22, m + 0.22], color=INK, linewidth=1.6)
-        interval = f"  [{low:+.2g}, {high:+.2g}]" if np.isfinite([low, high]).all() else ""
         middle = top + height * (m + 0.5)
         label = textwrap.shorten(name, 58, placeholder="…")
         sheet.text(EDGE + margin - 0.08, middle, label, va="center", ha="right", size=SMALL + 1)
-        sheet.text(EDGE + margin + PLOT + 0.12, middle, f"{mean:+.3g}{interval}", va="center")
+        sheet.text(EDGE + margin + PLOT + 0.12, middle, said[m], va="center")
     axes.set_xlim(-limit, limit)
     axes.set_ylim(len(names) - 0.5, -0.5)
     ticks = limit / 1.08 * np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
@@ -220,13 +223,26 @@ def draw_cohort(
     return sheet.figure
 
 
+def _mean_words(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.3g}" + (f"  [{low:+.2g}, {high:+.2g}]" if np.isfinite([low, high]).all() else "")
+
+
 def _open(
-    labels: Sequence[str], rows: int, title: str, about: Sequence[str], notes: Sequence[str], height: float
+    labels: Sequence[str],
+    rows: int,
+    title: str,
+    about: Sequence[str],
+    notes: Sequence[str],
+    height: float,
+    numbers: float = NUMBERS,
 ) -> tuple[Sheet, float, float]:
-    """Return a sheet with title and notes for rows with labels, where the rows begin, and the width of labels."""
+    """Return a sheet with title and notes for rows with labels, where the rows begin, and the width of labels.
+
+    ``numbers`` is the width of what stands to the right of the rows.
+    """
     margin = 0.3 + 0.068 * min(58, max((len(label) for label in labels), default=0))
     margin = max(margin, 1.0)
-    width = max(6.4, EDGE + margin + PLOT + NUMBERS + EDGE)
+    width = max(6.4, EDGE + margin + PLOT + numbers + EDGE)
     lines = [line for text in notes for line in textwrap.wrap(text, letters_in(width))]
     sheet, top = write_title(width, height * rows + AXIS + LINE * len(lines) + EDGE, title, about)
     for number, line in enumerate(lines):

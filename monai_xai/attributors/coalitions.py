@@ -1,0 +1,342 @@
+"""Methods that ask what the score is with some features there and all others at their baseline."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
+from monai_xai.attributors.games import Game, marginals, shapley_values
+from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.errors import InputError
+from monai_xai.features import Blocks, FeaturesLike, as_features, feature_masks
+from monai_xai.forward import Scoring, Tensors, guard
+
+MOST_FEATURES = 14
+"""Up to this many features, :class:`ShapleyValues` evaluates all coalitions."""
+
+
+class Worth(NamedTuple):
+    """What features are worth.
+
+    Args:
+        values: shape (N, number of features).
+        facts: numbers worth keeping.
+    """
+
+    values: Tensor
+    facts: dict[str, int | float | str]
+
+
+@dataclass(frozen=True)
+class CoalitionAttributor(BaselineAttributor):
+    """A method that gives every feature a worth from the scores of coalitions, painted on its voxels.
+
+    Args:
+        features: ``Channels()``, ``Blocks(size)``, or integer masks; one tensor or one by input name.
+        baseline: what takes the place of features that are not there.
+
+    The values of one feature repeat on its voxels and must not be added up.
+    """
+
+    features: FeaturesLike = field(default_factory=Blocks)
+    baseline: BaselineLike = field(default_factory=Blur)
+
+    paints: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "features", as_features(self.features))
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        masks, count = feature_masks(as_features(self.features), scoring.inputs)
+        score = scoring.score()
+        return average([self._play(scoring, start, masks, count, score) for start in self.draws(scoring)])
+
+    def _play(
+        self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, score: Tensor
+    ) -> Attribution:
+        with guard(self.name, scoring.values):
+            game = Game(scoring, start, masks, count, score)
+            worth = self.solve(scoring, game, count)
+        maps = {
+            name: worth.values[:, mask[0]].expand_as(x).clone()
+            for (name, x), mask in zip(scoring.inputs.items(), masks, strict=True)
+        }
+        change, total = score - game(0), worth.values.sum(1)
+        facts: dict[str, int | float | str] = {
+            "pieces": count,
+            "passes": game.evaluations / max(len(scoring.terms), 1),
+            "residual": float((total - change).abs().max()),
+            **worth.facts,
+        }
+        return Attribution(maps, score, game(0), facts)
+
+    @abstractmethod
+    def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
+        """Return the worth of every feature."""
+
+
+@dataclass(frozen=True)
+class ShapleyValues(CoalitionAttributor):
+    """What a feature adds to the score on average over all orders in which features come in: all coalitions.
+
+    Reference: Shapley, "A Value for n-Person Games", 1953; values equal ``captum.attr.ShapleyValues``.
+    """
+
+    def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
+        if count > MOST_FEATURES:
+            raise InputError(
+                f"ShapleyValues needs 2^{count} coalitions for {count} features; it takes up to {MOST_FEATURES}. Use "
+                "ShapleyValueSampling, or fewer features."
+            )
+        table = [game(bits) for bits in scoring.track(range(2**count), self.name, 2**count)]
+        return Worth(shapley_values(torch.stack(table, 1)), {})
+
+
+@dataclass(frozen=True)
+class SampledCoalitions(CoalitionAttributor):
+    """A method that draws coalitions.
+
+    Args:
+        n_samples: how many draws.
+        seed: seed of the draws.
+    """
+
+    n_samples: int = 25
+    seed: int = 0
+
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_samples < 1:
+            raise InputError(f"{type(self).__name__}(n_samples={self.n_samples}) needs at least one sample.")
+
+
+@dataclass(frozen=True)
+class ShapleyValueSampling(SampledCoalitions):
+    """What a feature adds on average over random orders, each walked forwards and backwards.
+
+    Args:
+        n_samples: how many orders. The largest standard error is in ``facts``.
+
+    Reference: Castro et al., "Polynomial calculation of the Shapley value based on sampling", 2009; antithetic pairs as
+    in Mitchell et al., JMLR 2022 (arXiv:2104.12199).
+    """
+
+    def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
+        generator, samples = np.random.default_rng(self.seed), []
+        for _ in scoring.track(range(math.ceil(self.n_samples / 2)), self.name):
+            order = generator.permutation(count).tolist()
+            turns = [order, order[::-1]]
+            samples.append(torch.stack([marginals(game, 0, turn, count) for turn in turns]).mean(0))
+        drawn = torch.stack(samples)
+        error = float((drawn.std(0) / math.sqrt(len(drawn))).max()) if len(drawn) > 1 else math.nan
+        return Worth(drawn.mean(0), {"standard_error": error})
+
+
+@dataclass(frozen=True)
+class KernelShap(SampledCoalitions):
+    """Shapley values as the weighted regression of scores on coalitions, which add up exactly.
+
+    Args:
+        n_samples: how many coalitions, each with its complement.
+
+    Reference: Lundberg & Lee, NeurIPS 2017 (arXiv:1705.07874), theorem 2; paired as in Covert & Lee, AISTATS 2021.
+    """
+
+    n_samples: int = 200
+
+    def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
+        empty, full = game(0), game(2**count - 1)
+        if count == 1:
+            return Worth((full - empty)[:, None], {})
+        members, scores = self._draw(scoring, game, count)
+        # Eliminate the last player, so that the values add up to the change of the score.
+        design = members[:, :-1] - members[:, -1:]
+        goal = scores - empty - members[:, -1:] * (full - empty)
+        solved = torch.linalg.lstsq(design, goal).solution.T
+        last = (full - empty)[:, None] - solved.sum(1, keepdim=True)
+        return Worth(torch.cat([solved, last], 1), {})
+
+    def _draw(self, scoring: Scoring, game: Game, count: int) -> tuple[Tensor, Tensor]:
+        """Return coalitions, drawn in proportion to the kernel, and their scores."""
+        generator = np.random.default_rng(self.seed)
+        sizes = np.arange(1, count)
+        odds = 1 / (sizes * (count - sizes))
+        rows = []
+        for size in generator.choice(sizes, math.ceil(self.n_samples / 2), p=odds / odds.sum()):
+            row = np.zeros(count, dtype=bool)
+            row[generator.choice(count, size, replace=False)] = True
+            rows += [row, ~row]
+        bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
+        scores = torch.stack([game(b) for b in scoring.track(bits, self.name)])
+        return torch.from_numpy(np.stack(rows)).to(scores), scores
+
+
+@dataclass(frozen=True)
+class Lime(SampledCoalitions):
+    """A linear model of the score in the features, fitted around the input.
+
+    Args:
+        n_samples: how many random coalitions.
+        kernel_width: how fast the weight of a coalition falls with the share of features that are away.
+        ridge: penalty on the squares of the coefficients, relative to the number of samples; small, so that no effect
+            is shrunk away.
+
+    Reference: Ribeiro et al., "Why Should I Trust You?", KDD 2016 (arXiv:1602.04938), with ridge regression.
+    """
+
+    n_samples: int = 200
+    kernel_width: float = 0.5
+    ridge: float = 1e-4
+
+    def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
+        generator = np.random.default_rng(self.seed)
+        rows = generator.random((self.n_samples, count)) < 0.5
+        rows[0] = True
+        bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
+        scores = torch.stack([game(b) for b in scoring.track(bits, self.name)])
+        members = torch.from_numpy(rows).to(scores)
+        weights = torch.exp(-((1 - members.mean(1)) ** 2) / self.kernel_width**2)[:, None]
+        design = torch.cat([members, torch.ones_like(members[:, :1])], 1)
+        penalty = self.ridge * self.n_samples * torch.eye(count + 1).to(scores)
+        penalty[-1, -1] = 0
+        solved = torch.linalg.lstsq(
+            design.T @ (weights * design) + penalty, design.T @ (weights * scores)
+        ).solution
+        fitted = design @ solved
+        spread = (weights * (scores - scores.mean(0)) ** 2).sum()
+        explained = (
+            1 - float((weights * (scores - fitted) ** 2).sum() / spread) if float(spread) else math.nan
+        )
+        return Worth(solved[:-1].T, {"r_squared": explained})
+
+
+@dataclass(frozen=True)
+class Rise(BaselineAttributor):
+    """The mean score of random soft masks that leave a voxel there, less the mean over all masks.
+
+    Args:
+        n_samples: how many masks.
+        cells: how many cells a mask has along each axis, before it is smoothly scaled up.
+        share: probability that a cell is there.
+        baseline: what takes the place of what is masked; the paper takes 0.
+        seed: seed of the masks.
+
+    Vectors are masked entry by entry.
+
+    Reference: Petsiuk et al., "RISE: Randomized Input Sampling for Explanation of Black-box Models", BMVC 2018
+    (arXiv:1806.07421), equation 6; the mean is taken off, so that 0 means that a voxel makes no difference.
+    """
+
+    n_samples: int = 500
+    cells: int = 7
+    share: float = 0.5
+    baseline: BaselineLike = field(default_factory=Blur)
+    seed: int = 0
+
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_samples < 2 or self.cells < 2 or not 0 < self.share < 1:
+            raise InputError(f"{self}: n_samples and cells must be at least 2, share lies between 0 and 1.")
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        return average([self._mask(scoring, start) for start in self.draws(scoring)])
+
+    def _mask(self, scoring: Scoring, start: Tensors) -> Attribution:
+        generator = np.random.default_rng(self.seed)
+        sums = [torch.zeros_like(x) for x in scoring.values]
+        masses = [torch.zeros_like(x[:1, :1]) for x in scoring.values]
+        mean = torch.zeros(len(scoring.values[0])).to(scoring.values[0])
+        for _ in scoring.track(range(self.n_samples), self.name):
+            masks = [self._draw(x, generator) for x in scoring.values]
+            mixed = [b + m * (x - b) for x, b, m in zip(scoring.values, start, masks, strict=True)]
+            score = scoring.score(mixed)
+            mean += score / self.n_samples
+            for total, mass, mask in zip(sums, masses, masks, strict=True):
+                total += score.reshape(-1, *(1,) * (total.ndim - 1)) * mask
+                mass += mask
+        maps = {
+            name: total / mass - mean.reshape(-1, *(1,) * (total.ndim - 1))
+            for name, total, mass in zip(scoring.inputs, sums, masses, strict=True)
+        }
+        return Attribution(maps, scoring.score(), scoring.score(start), {"passes": self.n_samples})
+
+    def _draw(self, x: Tensor, generator: np.random.Generator) -> Tensor:
+        """Return a mask of one input, shape (1, 1, *spatial) or (1, F)."""
+        if x.ndim == 2:
+            return torch.from_numpy(generator.random((1, x.shape[1])) < self.share).to(x)
+        spatial = x.shape[2:]
+        cells = [min(self.cells, n) for n in spatial]
+        grid = torch.from_numpy(generator.random((1, 1, *(n + 1 for n in cells))) < self.share).to(x)
+        sizes = [math.ceil(n / k) for n, k in zip(spatial, cells, strict=True)]
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(spatial)]
+        fine = functional.interpolate(
+            grid, [(k + 1) * s for k, s in zip(cells, sizes, strict=True)], mode=mode
+        )
+        for axis, (size, length) in enumerate(zip(sizes, spatial, strict=True), start=2):
+            fine = fine.narrow(axis, int(generator.integers(size)), length)
+        return fine
+
+
+@dataclass(frozen=True)
+class FeaturePermutation(Attributor):
+    """How much the score falls when a feature is exchanged between the samples of a batch.
+
+    Args:
+        features: ``Channels()``, ``Blocks(size)``, or integer masks.
+        seed: seed of the exchange, in which no sample keeps its own.
+
+    Needs a batch of two or more.
+
+    Reference: Breiman, "Random Forests", 2001, section 10; Fisher et al., JMLR 2019 (arXiv:1801.01489).
+    """
+
+    features: FeaturesLike = field(default_factory=Blocks)
+    seed: int = 0
+
+    paints: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", as_features(self.features))
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        count = len(scoring.values[0])
+        if count < 2:
+            raise InputError(
+                "FeaturePermutation exchanges features between samples and needs a batch of two or more, got one "
+                "sample. Use FeatureAblation, or a larger batch."
+            )
+        order = self._exchange(count)
+        start = tuple(x[order] for x in scoring.values)
+        masks, pieces = feature_masks(as_features(self.features), scoring.inputs)
+        score = scoring.score()
+        game, everyone = Game(scoring, start, masks, pieces, score), 2**pieces - 1
+        alone = [game(everyone ^ (1 << i)) for i in scoring.track(range(pieces), self.name)]
+        effects = score[:, None] - torch.stack(alone, 1)
+        maps = {
+            name: effects[:, mask[0]].expand_as(x).clone()
+            for (name, x), mask in zip(scoring.inputs.items(), masks, strict=True)
+        }
+        return Attribution(maps, score, facts={"pieces": pieces, "passes": pieces})
+
+    def _exchange(self, count: int) -> Sequence[int]:
+        """Return a cyclic exchange in random order: no sample keeps its own."""
+        around = np.random.default_rng(self.seed).permutation(count)
+        order = np.empty(count, dtype=int)
+        order[around] = np.roll(around, 1)
+        found: list[int] = order.tolist()
+        return found

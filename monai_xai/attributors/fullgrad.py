@@ -1,0 +1,125 @@
+"""FullGrad: the gradient of the input and of every bias, which together are the score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
+from monai_xai.errors import UnsupportedNetworkError
+from monai_xai.forward import Scoring, Tensors, Term
+from monai_xai.operations import COMPOSITES, Kind, Operation, Watch, watched
+
+
+@dataclass(frozen=True)
+class FullGrad(Attributor):
+    """Input times gradient, and for every call of the network its bias times the gradient there, scaled up.
+
+    The bias of a call is what it gives beyond its linear part, ``f(x) - f'(x) x``: that of a convolution, the shift of
+    a norm, and what the curvature of a smooth activation adds. All of them and the input's part sum to the score, on
+    every network. Those of calls without a grid (of a head after pooling) have no place on the map; their sum is
+    ``facts["without_place"]``. Biases go to the first image.
+
+    Reference: Srinivas & Fleuret, "Full-Gradient Representation for Neural Network Visualization", NeurIPS 2019,
+    equation 3 (arXiv:1905.00780), with sign.
+    """
+
+    summable: ClassVar[bool] = True
+    by_hooks: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        refuse_repeated_calls(self, scoring)
+        scores: list[Tensor] = []
+        homeless: list[float] = []
+        images = [i for i, x in enumerate(scoring.values) if x.ndim > 2]
+
+        def attribute(term: Term, inputs: Tensors) -> Tensors:
+            score, maps, rest = _full_gradient(term, inputs, images[0] if images else None)
+            scores.append(score)
+            homeless.append(rest)
+            return maps
+
+        maps = scoring.accumulate(self.name, attribute, scoring.values)
+        facts = {"without_place": sum(homeless)}
+        return Attribution(
+            dict(zip(scoring.inputs, maps, strict=True)), scoring.sum_scores(scores), facts=facts
+        )
+
+
+def _full_gradient(term: Term, inputs: Tensors, image: int | None) -> tuple[Tensor, Tensors, float]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with watched(term.network, watch := _Biases()):
+            score = term.function(*(x.clone() for x in leaves), *term.selection())
+    if not score.requires_grad:
+        raise UnsupportedNetworkError(
+            "The score does not depend on the inputs; there is nothing to attribute."
+        )
+    results = [result for result, _ in watch.found]
+    found = torch.autograd.grad(score.sum(), [*leaves, *results], allow_unused=True)
+    maps = [torch.zeros_like(x) if g is None else x * g for x, g in zip(inputs, found, strict=False)]
+    rest = 0.0
+    for (_, bias), gradient in zip(watch.found, found[len(leaves) :], strict=True):
+        if gradient is None:
+            continue
+        part = gradient * bias
+        if image is not None and _has_place(part, inputs[image]):
+            maps[image] = maps[image] + _spread(part.sum(1, keepdim=True), inputs[image])
+        else:
+            rest += float(part.sum())
+    return score.detach(), tuple(maps), rest
+
+
+def _has_place(part: Tensor, image: Tensor) -> bool:
+    """Tell whether values lie on a grid that is the image's or a coarser one."""
+    if part.ndim != image.ndim or part[0, 0].numel() == 1:
+        return False
+    return all(m <= n for m, n in zip(part.shape[2:], image.shape[2:], strict=True))
+
+
+def _spread(part: Tensor, image: Tensor) -> Tensor:
+    """Scale up a map to the image, with every value shared by its voxels and channels, so that the sum stays."""
+    size = tuple(image.shape[2:])
+    with torch.enable_grad():
+        one = torch.ones_like(part).requires_grad_()
+        (count,) = torch.autograd.grad(functional.interpolate(one, size, mode="nearest").sum(), one)
+    return (functional.interpolate(part / count, size, mode="nearest") / image.shape[1]).expand_as(image)
+
+
+class _Biases(Watch):
+    """Notes the result of every call, and what of it is not its linear part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def handle(self, operation: Operation) -> Any:
+        if apart := COMPOSITES.get(operation.name):
+            with self:
+                return apart(operation)
+        if operation.kind is Kind.UNKNOWN:
+            raise UnsupportedNetworkError(f"FullGrad does not know {operation}. Use IntegratedGradients().")
+        result = operation.run()
+        if operation.kind is Kind.ROUTE or operation.kind is Kind.MAXIMUM:
+            return result
+        bias = result.detach() - _linear_part(operation)
+        if bias.any():
+            self.found.append((result, bias))
+            return result.clone()  # the network may go on to work on it in place
+        return result
+
+
+def _linear_part(operation: Operation) -> Tensor:
+    values = tuple(x.detach() for x in operation.dependents)
+    if operation.kind in (Kind.LINEAR, Kind.ADD):
+        with torch.no_grad():
+            result = operation.run()
+            zero = operation.on(*(torch.zeros_like(x) for x in values)).run()
+        change: Tensor = result - zero
+        return change
+    part: Tensor = torch.func.jvp(lambda *xs: operation.on(*xs).run(), values, values)[1]
+    return part
