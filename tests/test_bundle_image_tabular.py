@@ -224,6 +224,13 @@ def test_each_variable_has_its_columns(schema: Any) -> None:
     }  # fmt: skip
 
 
+def test_every_column_of_the_vector_has_a_name(schema: Any) -> None:
+    assert schema.column_names == [
+        "age", "temperature", "heart rate", "CRP", "CRP: missing", "oxygen saturation", "sex: F", "sex: M",
+        "smoking: never", "smoking: former", "smoking: current", "view position: PA", "view position: AP",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("file", SCHEMAS)
 def test_explanations_read_the_same_schema(scripts: ModuleType, file: str) -> None:
     mine, theirs = scripts.read_schema(CONFIGS / file), TableSchema.from_file(CONFIGS / file)
@@ -455,7 +462,8 @@ def test_label_is_only_needed_to_train_and_to_evaluate(
     scripts: ModuleType, schema: Any, broken: Path
 ) -> None:
     _edit(broken, lambda rows: [row.update(pneumonia="") for row in rows])
-    assert "label" not in scripts.held_out_cases(broken, schema, with_label=False)[0]
+    for cases in (scripts.held_out_cases, scripts.training_cases):
+        assert "label" not in cases(broken, schema, with_label=False)[0]
     with pytest.raises(ValueError, match=r"line 2 .* and 6 more rows. Fill it in"):
         scripts.held_out_cases(broken, schema)
 
@@ -677,13 +685,17 @@ def _run(files: list[str], **settings: Any) -> str:
 
 def _scalars(folder: Path) -> set[str]:
     """The tags of all curves that TensorBoard finds in a folder."""
+    return _tags(folder, "scalars")
+
+
+def _tags(folder: Path, kind: str) -> set[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: set[str] = set()
     for file in folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file))
         events.Reload()
-        found |= set(events.Tags()["scalars"])
+        found |= set(events.Tags()[kind])
     return found
 
 
@@ -724,6 +736,37 @@ def test_inference_writes_a_table_of_predictions(
         assert row["label"] == ("pneumonia" if truth[name]["opacity"] else "no pneumonia")
 
 
+EXPLAIN = ["configs/inference.yaml", "configs/explain.yaml"]
+
+
+def _values(output: Path, explainer: str) -> list[dict[str, str]]:
+    with (output / "modalities" / explainer / "modalities.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_explanation_asks_every_case_and_draws_variables_and_maps_of_the_first(
+    trained: tuple[dict[str, Any], Path], phantoms: Path, tmp_path: Path
+) -> None:
+    _run(EXPLAIN, **trained[0] | {"output_dir": tmp_path}, detailed_cases=2, n_others=3)
+    rows = _values(tmp_path, "sources")
+    cases = sorted(_predictions(tmp_path))
+    assert sorted({row["case"] for row in rows}) == cases
+    assert {(row["baseline"], row["modality"]) for row in rows} == {
+        (baseline, modality) for baseline in ("missing", "others") for modality in ("radiograph", "clinical")
+    }
+    assert max(abs(float(row["residual"])) for row in rows) < 1e-5
+    pictures = _tags(tmp_path / "attribution", "images")
+    for baseline in ("others", "normal_record"):
+        assert {tag.split("/")[1] for tag in pictures if tag.endswith(f"{baseline}/waterfall")} >= set(
+            cases[:2]
+        )
+    drawn = {tag.split("/")[1] for tag in pictures if tag.startswith(("map/", "variables/"))} - {"cohort"}
+    assert drawn == set(cases[:2])
+    assert f"map/{cases[0]}/image/planes" in pictures
+    assert f"map/{cases[0]}/clinical/features" in pictures
+
+
 @pytest.mark.slow
 def test_evaluation_reports_accuracy_and_auc(trained: tuple[dict[str, Any], Path]) -> None:
     settings, output = trained
@@ -751,3 +794,13 @@ def test_network_learns_what_neither_input_tells_alone(tmp_path: Path) -> None:
     said = _run(["configs/train.yaml"], **settings)
     accuracy = float(re.findall(r"val_accuracy: ([\d.]+)", said)[-1])
     assert accuracy >= 0.9
+
+    _run(EXPLAIN, **settings, detailed_cases=1)
+    rows = [row for row in _values(tmp_path, "sources") if row["modality"] == "radiograph"]
+    way = [float(row["score"]) - float(row["baseline_score"]) for row in rows]
+    alone = np.mean([float(row["single_gain"]) * np.sign(w) for row, w in zip(rows, way, strict=True)])
+    together = np.mean(
+        [float(row["interaction with clinical"]) * np.sign(w) for row, w in zip(rows, way, strict=True)]
+    )
+    assert abs(alone) < 0.1 * np.mean(np.abs(way)), "the film alone tells nothing"
+    assert together > 0.9 * np.mean(np.abs(way)), "what it does, it does together with the record"

@@ -30,6 +30,8 @@ def training_cases(
     schema: ClinicalSchema,
     test: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    *,
+    with_label: bool = True,
 ) -> list[dict[str, Any]]:
     """The cases to train on: all films of all patients that are not held out.
 
@@ -38,6 +40,7 @@ def training_cases(
         schema: what the columns of the table mean.
         test: patients that are held out; None for every fifth one, in the order of their names.
         exclude: names of cases that are not used at all.
+        with_label: whether labels are required, of both classes; without, they come along where there are some.
 
     Returns:
         One dictionary per film: `case_id` (its file name without the ending), `image` (the file), `clinical` (a
@@ -51,14 +54,9 @@ def training_cases(
     rows = _checked_rows(Path(dataset_dir).expanduser(), schema, exclude)
     held_out = _held_out_patients(rows, test)
     kept = [row for row in rows if row.patient not in held_out]
-    _require_labels(kept, schema)
-    found = {row.label for row in kept}
-    if len(found) < 2:
-        only = f", all of them {CLASSES[int(found.pop() or 0)]}" if found else ""
-        raise ValueError(
-            f"{len(kept)} cases of {dataset_dir} are left to train on{only}: nothing can be learned from them. Hold "
-            "out fewer with --test_patients, or add cases."
-        )
+    if with_label:
+        _require_labels(kept, schema)
+        _require_both_classes(kept, dataset_dir)
     return [row.case() for row in kept]
 
 
@@ -278,6 +276,16 @@ def _require_labels(rows: Sequence[_Row], schema: ClinicalSchema) -> None:
             f"{TABLE_FILE}, column {schema.table.label!r}: has no label in {', '.join(missing[:SHOWN])}"
             f"{f' and {len(missing) - SHOWN} more rows' if len(missing) > SHOWN else ''}. Fill it in, {LEAVE_OUT}; "
             "only configs/inference.yaml does without."
+        )
+
+
+def _require_both_classes(rows: Sequence[_Row], dataset_dir: str | os.PathLike[str]) -> None:
+    found = {row.label for row in rows}
+    if len(found) < 2:
+        only = f", all of them {CLASSES[int(found.pop() or 0)]}" if found else ""
+        raise ValueError(
+            f"{len(rows)} cases of {dataset_dir} are left to train on{only}: nothing can be learned from them. Hold "
+            "out fewer with --test_patients, or add cases."
         )
 
 

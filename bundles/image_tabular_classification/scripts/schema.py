@@ -66,6 +66,12 @@ class Variable:
         """How many columns of the vector it takes."""
         return (len(self.levels) or 1) + self.missing
 
+    @property
+    def column_names(self) -> list[str]:
+        """What each of its columns says, such as "age" or "sex: F"."""
+        own = [f"{self.name}: {level}" for level in self.levels] or [self.name]
+        return own + [f"{self.name}: missing"] * self.missing
+
     def encode(self, text: str) -> list[float]:
         """Its columns of the vector.
 
@@ -184,6 +190,11 @@ class ClinicalSchema:
     def width(self) -> int:
         """Length of the vector."""
         return sum(variable.width for variable in self.variables)
+
+    @property
+    def column_names(self) -> list[str]:
+        """What each column of the vector says."""
+        return [name for variable in self.variables for name in variable.column_names]
 
     @property
     def columns(self) -> dict[str, list[int]]:
