@@ -18,8 +18,9 @@ PACKAGE := $(VENV)/.package
 TOOLS := $(VENV)/.tools
 METADATA := setup.cfg pyproject.toml $(CONSTRAINTS)
 
-BUNDLE := bundles/ms_lesion_segmentation
-RUN_BUNDLE := cd $(BUNDLE) && $(BIN)/python -m monai.bundle run --config_file
+SEGMENTATION := bundles/ms_lesion_segmentation
+IMAGE_AND_RECORD := bundles/image_tabular_classification
+RUN := $(BIN)/python -m monai.bundle run --config_file
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest check unittest format docs benchmark clean
@@ -29,13 +30,18 @@ help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
-	$(RUN_BUNDLE) "['configs/train.yaml','configs/explain_train.yaml']" --explain_handler::on_error raise
-	$(RUN_BUNDLE) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
+	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --explain_handler::on_error raise
+	cd $(SEGMENTATION) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
+	cd $(IMAGE_AND_RECORD) && $(RUN) configs/train.yaml --plant redundant
+	cd $(IMAGE_AND_RECORD) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --plant redundant \
+	    --modality_handler::on_error raise
 	@echo
 	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
-	@find $(BUNDLE)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
-	@echo "Curves over the training, and pictures of what the network looks at (images, scalars):"
-	@echo "  $(VENV)/bin/tensorboard --logdir $(BUNDLE)/eval"
+	@find $(SEGMENTATION)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
+	@echo "What radiograph and clinical record each gave to a pneumonia's log-odds, case by case:"
+	@find $(IMAGE_AND_RECORD)/eval/modalities -name '*.csv' | sort | sed 's/^/  /' | grep .
+	@echo "Curves over the training, and pictures of what the networks look at (images, scalars):"
+	@echo "  $(VENV)/bin/tensorboard --logdir_spec lesions:$(SEGMENTATION)/eval,pneumonia:$(IMAGE_AND_RECORD)/eval"
 
 test: check unittest  ## everything that .ci/run runs: style, types, tests, doctests, documents
 

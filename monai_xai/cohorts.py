@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class CohortRow(NamedTuple):
         low: lower end of its 95 % interval (bias-corrected and accelerated bootstrap over cases); NaN below 5 cases.
         high: upper end.
         p: sign-flip permutation test of a mean of 0, Holm-corrected over the modalities of the baseline.
+        along: mean value in the direction in which the score of each case moves; signed means cancel in a cohort of
+            both directions.
+        along_low: lower end of its 95 % interval.
+        along_high: upper end.
         share: mean share of the sum of absolute values, over cases whose score changes; NaN if there is none.
         share_high: upper end of its 95 % interval.
         collapsed: whether the network hardly uses it: ``share_high`` is below the threshold.
@@ -44,6 +48,9 @@ class CohortRow(NamedTuple):
     low: float
     high: float
     p: float
+    along: float
+    along_low: float
+    along_high: float
     share: float
     share_high: float
     collapsed: bool
@@ -94,6 +101,17 @@ class ModalityCohort:
         """Return shares, shape (cases, M), NaN where the score of a case does not change."""
         return np.array([e.shares(baseline)[0].tolist() for e in self.cases.values()])
 
+    def along(self, baseline: str) -> NDArray[np.float64]:
+        """Return values in the direction in which the score of each case moves, shape (cases, M)."""
+        values = self.values(baseline)
+        return np.asarray(values * np.sign(values.sum(1, keepdims=True)))
+
+    def synergies(self, baseline: str) -> NDArray[np.float64] | None:
+        """Return interactions, above 0 for synergy, below for redundancy, shape (cases, M, M); None where sampled."""
+        if any(e.interactions is None for e in self.cases.values()):
+            return None
+        return np.array([e.synergies(baseline)[0].tolist() for e in self.cases.values()])
+
     def interactions(self, baseline: str) -> NDArray[np.float64] | None:
         """Return mean interactions, shape (M, M); None where coalitions were sampled."""
         found = [
@@ -105,7 +123,7 @@ class ModalityCohort:
         """Return one row per baseline and modality."""
         found = []
         for baseline in self.baselines:
-            values, shares = self.values(baseline), self.shares(baseline)
+            values, shares, along = self.values(baseline), self.shares(baseline), self.along(baseline)
             known = shares[np.isfinite(shares).all(1)]
             tests = holm([sign_flip_test(column, self.seed) for column in values.T])
             for m, modality in enumerate(self.modalities):
@@ -115,10 +133,23 @@ class ModalityCohort:
                 collapsed = bool(share_high < self.collapse_below)
                 found.append(
                     CohortRow(
-                        baseline, modality, len(values), float(values[:, m].mean()), low, high, tests[m], share,
-                        share_high, collapsed,
+                        baseline, modality, len(values), float(values[:, m].mean()), low, high, tests[m],
+                        float(along[:, m].mean()), *interval(along[:, m], self.seed), share, share_high, collapsed,
                     )
                 )  # fmt: skip
+        return found
+
+    def pairs(self) -> list[dict[str, str | float]]:
+        """Return one row per baseline and pair of modalities: their mean synergy with its 95 % interval."""
+        found: list[dict[str, str | float]] = []
+        for baseline in self.baselines:
+            synergies = self.synergies(baseline)
+            if synergies is None:
+                continue
+            for i, j in combinations(range(len(self.modalities)), 2):
+                low, high = interval(synergies[:, i, j], self.seed)
+                names = {"baseline": baseline, "modality": self.modalities[i], "with": self.modalities[j]}
+                found.append({**names, "synergy": float(synergies[:, i, j].mean()), "low": low, "high": high})
         return found
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
@@ -132,7 +163,10 @@ class ModalityCohort:
         table, document = Path(folder, "modalities.csv"), Path(folder, "modalities.json")
         _replace(table, _as_csv(cases))
         summary = [row._asdict() for row in self.rows()]
-        _replace(document, json.dumps(_without_nan({"cohort": summary, "cases": cases}), indent=1))
+        _replace(
+            document,
+            json.dumps(_without_nan({"cohort": summary, "pairs": self.pairs(), "cases": cases}), indent=1),
+        )
         return table, document
 
 

@@ -125,8 +125,35 @@ class ModalityExplanation:
         together = interactions.abs().sum((1, 2)) / 2
         return together / (together + main)
 
+    def synergies(self, baseline: str) -> Tensor:
+        """Return interactions, above 0 for synergy and below for redundancy, shape (N, M, M).
+
+        An interaction has the sign of the score: of two modalities that lower it, redundant ones have one above 0. It
+        is counted here in the direction in which the two move the score, so that cases of either can be averaged.
+
+        Raises:
+            InputError: if coalitions were sampled, so that interactions are not known.
+        """
+        if self.interactions is None:
+            raise InputError(f"Interactions are computed for up to {MOST_EXACT} modalities.")
+        values = self.values[baseline]
+        return self.interactions[baseline] * (values[:, :, None] + values[:, None]).sign()
+
     def rows(self, case: str = "") -> Iterator[dict[str, str | float]]:
-        """Yield every number of the first sample as a row of a table, for CSV and JSON."""
+        """Yield every number of the first sample as a row of a table, for CSV and JSON: modalities, then parts."""
+        yield from self._modality_rows(case)
+        for baseline, parts in self.parts.items():
+            for modality, values in parts.items():
+                for name, value in zip(self.part_names[modality][0], values[0].tolist(), strict=True):
+                    yield {
+                        "case": case,
+                        "baseline": baseline,
+                        "modality": modality,
+                        "part": name,
+                        "value": value,
+                    }
+
+    def _modality_rows(self, case: str) -> Iterator[dict[str, str | float]]:
         for baseline in self.baselines:
             shares = self.shares(baseline)[0]
             for m, modality in enumerate(self.modalities):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from monai.networks.blocks.activation import Mish, Swish
@@ -178,6 +178,9 @@ class Watch(TorchFunctionMode):
     of place, and what they return is written back.
     """
 
+    routes: ClassVar[frozenset[str]] = frozenset()
+    """Calls that merely move values and are to be handled all the same."""
+
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
@@ -194,7 +197,7 @@ class Watch(TorchFunctionMode):
         name = spelled.strip("_")
         name = _KEEPS_MEANING.get(name, name)
         place = self.places[-1] if self.places else ""
-        if name in _ROUTE or name in _WITHOUT_GRADIENT:
+        if name in _WITHOUT_GRADIENT or (name in _ROUTE and name not in self.routes):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             raise UnsupportedNetworkError(

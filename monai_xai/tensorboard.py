@@ -75,6 +75,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             1 MB for a whole head at 1 mm in four modalities.
         multilabel: whether classes may overlap, as in BraTS. Then the prediction is outlined where any channel is
             above 0; else where another channel than 0, the background, is largest (of a single channel: above 0).
+        cases: how many cases of an epoch are drawn, the first ones of each explainer; None draws all. Scalars are
+            written for all.
         on_error: "log" keeps the loop alive and counts what failed in ``failures``; "raise" hands the error on
             to the :class:`~monai_xai.AttributionHandler`, which does with it what its own ``on_error`` says.
     """
@@ -87,6 +89,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         montage_slices: int = 8,
         animation_frames: int = 32,
         multilabel: bool = False,
+        cases: int | None = None,
         on_error: Literal["log", "raise"] = "log",
     ) -> None:
         if on_error not in ("log", "raise"):
@@ -102,6 +105,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         self.montage_slices = montage_slices
         self.animation_frames = animation_frames
         self.multilabel = multilabel
+        self.cases = cases
+        self._drawn: dict[tuple[str, int], int] = {}
         self.on_error = on_error
         self.failures = 0
         self._charts: dict[str, dict[str, list[Any]]] = {}
@@ -141,8 +146,15 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         tag = f"{_clean(explainer)}/{_clean(explained.name)}"
         for name, value in scalars_of_modalities(explanation):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, explained.epoch)
+        if not self._is_drawn(explainer, explained.epoch):
+            return
         for name, figure in figures_of_modalities(explanation, _title(explained, explainer, "modalities")):
             self._add_picture(f"{tag}/{name}", figure, explained.epoch)
+
+    def _is_drawn(self, explainer: str, epoch: int) -> bool:
+        """Count a case of an epoch, and tell whether it is to be drawn."""
+        count = self._drawn[explainer, epoch] = self._drawn.get((explainer, epoch), 0) + 1
+        return self.cases is None or count <= self.cases
 
     def _add_picture(self, tag: str, figure: Figure, epoch: int) -> None:
         summary = _image_summary(tag, encode_png(rasterize(figure)), "")
@@ -155,6 +167,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         for name, value in scalars_of(explanation, contributions):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
         self._add_charts(tag, list(contributions))
+        if not self._is_drawn(explainer, epoch):
+            return
         for name, encoded in self._pictures(explained, explainer, explanation, contributions):
             about = "\n\n".join(about_lines(explained, explainer))
             self._writer._get_file_writer().add_summary(
@@ -303,28 +317,13 @@ def waterfall_steps(explanation: ModalityExplanation, baseline: str) -> list[Ste
     return steps
 
 
-def synergies(explanation: ModalityExplanation, baseline: str) -> Tensor:
-    """Return the interactions of the first sample, above 0 for synergy and below for redundancy, shape (M, M).
-
-    An interaction has the sign of the score: of two modalities that lower it, redundant ones have one above 0. It is
-    counted here in the direction in which the two move the score, so that cases of either direction can be averaged.
-
-    Raises:
-        InputError: if coalitions were sampled, so that interactions are not known.
-    """
-    if explanation.interactions is None:
-        raise InputError("Interactions are not known where coalitions were sampled.")
-    values = explanation.values[baseline][0]
-    return explanation.interactions[baseline][0] * (values[:, None] + values).sign()
-
-
 def _interaction_notes(explanation: ModalityExplanation, baseline: str) -> list[str]:
     """Say which pair does most together: values and shares alone would hide it."""
     if explanation.interactions is None or len(explanation.modalities) < 2:
         return []
     pairs = explanation.interactions[baseline][0]
     i, j = divmod(int(pairs.abs().argmax()), len(explanation.modalities))
-    kind = "synergy" if synergies(explanation, baseline)[i, j] > 0 else "redundancy"
+    kind = "synergy" if explanation.synergies(baseline)[0, i, j] > 0 else "redundancy"
     names = f"{explanation.modalities[i]} and {explanation.modalities[j]}"
     return [
         f"largest interaction: {names} {float(pairs[i, j]):+.3g} ({kind}); share of interactions (InterSHAP) "
@@ -373,15 +372,15 @@ def _cohort_unit(cohort: ModalityCohort) -> dict[str, str]:
 
 def _draw_cohort_interactions(cohort: ModalityCohort, baseline: str, title: str) -> Figure:
     """Draw means over cases, each counted in its own direction: signed means cancel where scores go up and down."""
-    values, cases = cohort.values(baseline), cohort.cases.values()
-    pairs = np.mean([synergies(case, baseline).tolist() for case in cases], axis=0)
+    pairs = cohort.synergies(baseline)
+    assert pairs is not None
     return draw_interactions(
-        (values * np.sign(values.sum(1, keepdims=True))).mean(0),
-        pairs,
+        cohort.along(baseline).mean(0),
+        pairs.mean(0),
         cohort.modalities,
         title=title,
         about=[
-            f"baseline  {baseline}   mean of {len(cases)} cases, each counted in the direction in which its score moves"
+            f"baseline  {baseline}   mean of {len(cohort.cases)} cases, each in the direction in which its score moves"
         ],
         note="diagonal: Shapley value; beside: interaction, red where two do more together than each alone (synergy), "
         "blue where less (redundancy)",

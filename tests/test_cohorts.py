@@ -40,6 +40,26 @@ def test_a_modality_that_is_hardly_used_has_collapsed_and_the_other_has_not():
     assert used.share > 0.99
 
 
+class Product(nn.Module):
+    def forward(self, one, other):
+        return one * other
+
+
+def test_a_cohort_of_both_directions_does_not_cancel():
+    found, shapley = ModalityCohort(), ModalityShapley(OutputScore(), {"zero": 0.0, "half": 0.5})
+    for i in range(8):
+        sign = (-1.0) ** i
+        inputs = {"one": torch.full((1, 1), 2.0 * sign), "other": torch.full((1, 1), 3.0 + i)}
+        found.add(f"case{i}", shapley(Product(), inputs))
+    row = next(row for row in found.rows() if (row.baseline, row.modality) == ("zero", "one"))
+    mean = np.mean([2 * (3.0 + i) for i in range(8)])
+    assert abs(row.mean) < row.along == pytest.approx(mean / 2)
+    assert row.along_low < row.along < row.along_high
+    (pair,) = [pair for pair in found.pairs() if pair["baseline"] == "zero"]
+    assert pair["synergy"] == pytest.approx(mean)
+    assert pair["low"] < pair["synergy"] < pair["high"]
+
+
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     generator = np.random.default_rng(0)
     hits = 0

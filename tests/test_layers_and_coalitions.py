@@ -309,6 +309,30 @@ def test_full_gradients_sum_to_the_score(options, x):
         assert total == pytest.approx(float(explanation.score), rel=1e-9)
 
 
+def test_full_gradients_know_of_tokens_and_borders_that_do_not_depend_on_the_input(transformer):
+    x = random_image(1, 1, 32, 32)
+    explanation = explain(FullGrad(), transformer, x, ClassScore(1, head=0))
+    total = float(explanation.attributions["image"].sum()) + explanation.facts["without_place"]
+    assert total == pytest.approx(float(explanation.score), rel=1e-9)
+    network = nn.Sequential(nn.ConstantPad2d(1, 3.0), nn.Conv2d(1, 1, 3)).double()
+    explanation = explain(FullGrad(), network, x, RegionScore(0, Box((0, 0), (6, 6))))
+    total = float(explanation.attributions["image"].sum()) + explanation.facts["without_place"]
+    assert total == pytest.approx(float(explanation.score), rel=1e-9)
+
+
+def test_rise_masks_vectors_entry_by_entry():
+    class Both(nn.Module):
+        def forward(self, image, vector):
+            return image.mean((1, 2, 3))[:, None] + vector[:, 1:2]
+
+    inputs = {
+        "image": random_image(1, 1, 8, 8),
+        "vector": torch.tensor([[5.0, 5.0, 5.0]], dtype=torch.float64),
+    }
+    found = Explainer(OutputScore(), Rise(300, baseline=0.0))(Both(), inputs).attributions["vector"][0]
+    assert float(found[1]) > 5 * max(abs(float(found[0])), abs(float(found[2])))
+
+
 def test_full_gradients_put_a_bias_where_it_is():
     layer = nn.Conv2d(1, 1, 1).double()
     layer.weight.data[:], layer.bias.data[:] = 2.0, 3.0

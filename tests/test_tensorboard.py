@@ -51,7 +51,6 @@ from monai_xai.tensorboard import (
     figures_of_cohort,
     figures_of_modalities,
     scene_of,
-    synergies,
     waterfall_steps,
 )
 
@@ -273,6 +272,13 @@ def test_a_cohort_has_its_spread_and_curves_over_epochs(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("cohort/modalities/mean/air/image")] == [2]
 
 
+def test_pictures_are_drawn_of_the_first_cases_and_numbers_written_of_all(tmp_path: Path) -> None:
+    events = write(tmp_path, explained(), explained(name="patient27"), cases=1, **PLANES_ONLY)
+    assert {tag.split("/")[1] for tag in events.Tags()["images"]} == {"patient26"}
+    scores = [tag for tag in events.Tags()["scalars"] if tag.endswith("/score")]
+    assert {tag.split("/")[2] for tag in scores} == {"patient26", "patient27"}
+
+
 def test_bars_of_modalities_say_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     units: list[str] = []
 
@@ -317,7 +323,7 @@ def test_redundancy_is_called_so_whether_the_score_rises_or_falls(
     rising, falling = of_both_directions(network)
     for found, sign in ((rising, 1), (falling, -1)):
         assert found.interactions["absent"][0, 0, 1] == pytest.approx(sign * interaction)
-        assert synergies(found, "absent")[0, 1] == pytest.approx(interaction)
+        assert found.synergies("absent")[0, 0, 1] == pytest.approx(interaction)
         waterfall = dict(figures_of_modalities(found, "p1"))["absent/waterfall"]
         assert f"({word})" in " ".join(text.get_text() for text in waterfall.texts)
 

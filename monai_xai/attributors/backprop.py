@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,13 +42,8 @@ class RectifiedGradient(Attributor):
         return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.sum_scores(scores))
 
     @abstractmethod
-    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
-        """Return what goes back through a rectifier.
-
-        Args:
-            slope: returns its derivative where it was called.
-            coming: what comes from above.
-        """
+    def rectify(self, operation: Operation) -> Tensor:
+        """Return the result of a rectifier, with the backward pass of the method."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +56,9 @@ class GuidedBackprop(RectifiedGradient):
     (arXiv:1412.6806).
     """
 
-    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
-        return coming.relu() * slope()
+    def rectify(self, operation: Operation) -> Tensor:
+        result: Tensor = operation.run()
+        return passed(lambda coming: [coming.relu()], result, [result])  # and on through the derivative
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,10 @@ class Deconvolution(RectifiedGradient):
     Reference: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014 (arXiv:1311.2901).
     """
 
-    def rule(self, slope: Callable[[], Tensor], coming: Tensor) -> Tensor:
-        return coming.relu()
+    def rectify(self, operation: Operation) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = operation.run()
+        return passed(lambda coming: [coming.relu()], result, operation.dependents)
 
 
 class _Rectify(Watch):
@@ -91,18 +88,7 @@ class _Rectify(Watch):
         if operation.name not in RECTIFIERS or len(operation.dependents) != 1:
             return operation.run()
         self.count += 1
-        (x,) = operation.dependents
-        result = operation.run()
-
-        def slope() -> Tensor:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                return torch.autograd.grad(operation.on(leaf).run().sum(), leaf)[0]
-
-        def backward(coming: Tensor) -> Sequence[Tensor]:
-            return [self.method.rule(slope, coming)]
-
-        return passed(backward, result, [x])
+        return self.method.rectify(operation)
 
     def require_rectifiers(self, network: str) -> None:
         """Refuse a network that has called none."""

@@ -258,7 +258,7 @@ class Rise(BaselineAttributor):
     def _mask(self, scoring: Scoring, start: Tensors) -> Attribution:
         generator = np.random.default_rng(self.seed)
         sums = [torch.zeros_like(x) for x in scoring.values]
-        masses = [torch.zeros_like(x[:1, :1]) for x in scoring.values]
+        masses = [torch.zeros_like(x[:1] if x.ndim == 2 else x[:1, :1]) for x in scoring.values]
         mean = torch.zeros(len(scoring.values[0])).to(scoring.values[0])
         for _ in scoring.track(range(self.n_samples), self.name):
             masks = [self._draw(x, generator) for x in scoring.values]

@@ -93,6 +93,10 @@ def _spread(part: Tensor, image: Tensor) -> Tensor:
 class _Biases(Watch):
     """Notes the result of every call, and what of it is not its linear part."""
 
+    routes = frozenset(
+        ("cat", "concat", "concatenate", "hstack", "masked_fill", "pad", "stack", "vstack", "where")
+    )
+
     def __init__(self) -> None:
         super().__init__()
         self.found: list[tuple[Tensor, Tensor]] = []
@@ -104,7 +108,7 @@ class _Biases(Watch):
         if operation.kind is Kind.UNKNOWN:
             raise UnsupportedNetworkError(f"FullGrad does not know {operation}. Use IntegratedGradients().")
         result = operation.run()
-        if operation.kind is Kind.ROUTE or operation.kind is Kind.MAXIMUM:
+        if operation.kind is Kind.MAXIMUM:
             return result
         bias = result.detach() - _linear_part(operation)
         if bias.any():
@@ -115,7 +119,7 @@ class _Biases(Watch):
 
 def _linear_part(operation: Operation) -> Tensor:
     values = tuple(x.detach() for x in operation.dependents)
-    if operation.kind in (Kind.LINEAR, Kind.ADD):
+    if operation.kind in (Kind.LINEAR, Kind.ADD, Kind.ROUTE):
         with torch.no_grad():
             result = operation.run()
             zero = operation.on(*(torch.zeros_like(x) for x in values)).run()
