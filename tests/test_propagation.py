@@ -24,6 +24,7 @@ from monai_xai import (
     Deconvolution,
     DeepLift,
     EpsilonRule,
+    ExcitationBackprop,
     Explainer,
     FlatRule,
     FunctionTarget,
@@ -517,6 +518,26 @@ def test_lrp_splits_sums_by_absolute_values_and_products_in_halves():
     torch.testing.assert_close(signed, x, rtol=1e-6, atol=0)
     products = maps(LRP(), Called(lambda z: z[:, :1] * z[:, 1:]), x)
     torch.testing.assert_close(products, torch.tensor([[-1.5, -1.5]], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_excitation_backprop_equals_a_slow_rewrite_and_its_contrast():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x = random_image(1, 4).abs()
+    hidden = network[:2](x)[0].detach()
+
+    def walk(values, weight, coming):
+        products = values * weight.clamp(min=0)
+        total = products.sum(1, keepdim=True)
+        return (products / total.where(total > 0, 1) * coming[:, None]).sum(0)
+
+    score = network(x)[0, 1].detach()
+    last, first = network[2].weight.detach()[1:2], network[0].weight.detach()
+    plain = walk(x[0], first, walk(hidden, last, score[None]))
+    torch.testing.assert_close(maps(ExcitationBackprop(), network, x, OutputScore(1))[0], plain)
+    opposite = walk(x[0], first, walk(hidden, -last, score[None]))
+    found = maps(ExcitationBackprop(is_contrastive=True), network, x, OutputScore(1))[0]
+    torch.testing.assert_close(found, plain - opposite)
 
 
 def test_the_first_layer_may_have_a_rule_of_its_own():

@@ -158,6 +158,26 @@ class BoxRule(PropagationRule):
 
 
 @dataclass(frozen=True)
+class ExcitationRule(PropagationRule):
+    """Only positive inputs by positive weights share the relevance; the bias takes none.
+
+    Args:
+        is_contrastive: whether what the negated weights would get is taken off.
+
+    Reference: Zhang et al., "Top-Down Neural Attention by Excitation Backprop", IJCV 2018, equations 5 and 10
+    (arXiv:1608.00507).
+    """
+
+    is_contrastive: bool = False
+
+    def branches(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Branch]:
+        found = [Branch(1.0, [(x.clamp(min=0), weight.clamp(min=0))], None)]
+        if self.is_contrastive:
+            found.append(Branch(-1.0, [(x.clamp(min=0), (-weight).clamp(min=0))], None))
+        return found
+
+
+@dataclass(frozen=True)
 class LRP(Attributor):
     """Layer-wise relevance propagation: relevance in units of the score, handed down layer by layer.
 
@@ -165,6 +185,7 @@ class LRP(Attributor):
         convolution: the rule of convolutions.
         dense: the rule of linear layers.
         first: the rule of calls that see an input of the network; None takes that of their kind.
+        last: the rule of the call with weights that comes last; None takes that of its kind.
         addition: "ratio" splits relevance where branches meet in proportion to their absolute values, which stays
             bounded where they cancel; "signed" in proportion to the values, as all else.
 
@@ -179,6 +200,7 @@ class LRP(Attributor):
     convolution: PropagationRule = field(default_factory=GammaRule)
     dense: PropagationRule = field(default_factory=EpsilonRule)
     first: PropagationRule | None = None
+    last: PropagationRule | None = None
     addition: Literal["ratio", "signed"] = "ratio"
 
     summable: ClassVar[bool] = True
@@ -206,6 +228,29 @@ class LRP(Attributor):
         return Attribution(dict(zip(scoring.inputs, maps, strict=True)), score, facts=facts)
 
 
+@dataclass(frozen=True)
+class ExcitationBackprop(Attributor):
+    """Which positive activations feed the score, as the probability of a walk from the output down to the input.
+
+    Args:
+        is_contrastive: whether what feeds the opposite of the score is taken off, at the last layer.
+
+    It is :class:`LRP` with :class:`ExcitationRule` everywhere. Below the first layer only positive inputs count: on
+    images with values of both signs the map says little of where they are negative.
+
+    Reference: Zhang et al., "Top-Down Neural Attention by Excitation Backprop", IJCV 2018 (arXiv:1608.00507).
+    """
+
+    is_contrastive: bool = False
+
+    summable: ClassVar[bool] = True
+    by_hooks: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        last = ExcitationRule(is_contrastive=True) if self.is_contrastive else None
+        return LRP(ExcitationRule(), ExcitationRule(), last=last).attribute(scoring)
+
+
 def _relevance(method: LRP, term: Term, inputs: Tensors) -> tuple[Tensor, Tensors, float]:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -227,6 +272,7 @@ class _HandDown(Watch):
     def __init__(self, method: LRP, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.method = method
+        self.is_below = False  # whether relevance has come through a call with weights
         self.absorbed = 0.0  # relevance that convolutions and linear layers kept for their biases
         self.raw = {id(x): x for x in inputs}
         self.folding: dict[int, tuple[Tensor, Operation]] = {}  # calls with weights, by their results
@@ -255,7 +301,9 @@ class _HandDown(Watch):
         values = x.detach()
 
         def backward(coming: Tensor) -> list[Tensor]:
-            relevance = weighted.hand_down(rule, values, coming)
+            is_last, self.is_below = not self.is_below, True
+            own = self.method.last if is_last and self.method.last is not None else rule
+            relevance = weighted.hand_down(own, values, coming)
             self.absorbed += float(coming.sum() - relevance.sum())
             return [relevance]
 
