@@ -26,7 +26,6 @@ import monai_xai as xai
 TABLE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 CLOSE = 1e-3
 TOLERATED = 0.05
-FEATURES = xai.Blocks(16)
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Gated(nn.Module):
         return self.last(self.body(image) * self.scale(record).tanh()[:, :, None, None])
 
 
-IMAGE, LARGE, CUBE = {"image": (1, 32, 32)}, {"image": (1, 64, 64)}, {"image": (1, 32, 32, 32)}
+IMAGE, LARGE, CUBE = {"image": (1, 32, 32)}, {"image": (1, 64, 64)}, {"image": (1, 16, 16, 16)}
 SUBJECTS: dict[str, Subject] = {
     "UNet 2D (PReLU, instance norm)": Subject(lambda: nets.UNet(2, 1, 2, (8, 16, 32), (2, 2)), IMAGE),
     "UNet 2D (ReLU, batch norm)": Subject(
@@ -206,7 +205,7 @@ SUBJECTS: dict[str, Subject] = {
     "Regressor 2D": Subject(lambda: nets.Regressor((1, 32, 32), (1,), (8, 16), (2, 2)), IMAGE, False),
     "Classifier 2D": Subject(lambda: nets.Classifier((1, 32, 32), 3, (8, 16), (2, 2)), IMAGE, False),
     "image + table": Subject(ImageAndTable, {"image": (1, 32, 32), "table": (5,)}, False),
-    "CT + PET, two grids": Subject(TwoGrids, {"ct": (1, 32, 32, 32), "pet": (1, 24, 24, 24)}, False),
+    "CT + PET, two grids": Subject(TwoGrids, {"ct": (1, 24, 24, 24), "pet": (1, 16, 16, 16)}, False),
     "image + record, segmentation": Subject(Gated, {"image": (2, 32, 32), "record": (3,)}),
 }
 
@@ -340,7 +339,7 @@ def by_masking(trial: Trial) -> Outcome:
     """The effect of one feature against a network that is called by hand."""
     inputs = trial.inputs
     name, x = next(iter(inputs.items()))
-    box = (slice(None), slice(None), *(slice(0, 16) for _ in x.shape[2:]))
+    box = (slice(None), slice(None), *(slice(0, n) for n in trial.method.features.size))  # type: ignore[attr-defined]
     changed = x.clone()
     changed[box] = 0
     with torch.no_grad():
@@ -391,13 +390,30 @@ METHODS: dict[str, tuple[xai.Attributor, Check]] = {
     "SegXResCam": (xai.SegXResCam(), by_form),
     "AblationCam": (xai.AblationCam(), by_form),
     "GuidedGradCam": (xai.GuidedGradCam(), by_form),
-    "FeatureAblation": (xai.FeatureAblation(FEATURES, ZERO), by_masking),
-    "ShapleyValues": (xai.ShapleyValues(xai.Channels(), ZERO), by_efficiency),
-    "ShapleyValueSampling": (xai.ShapleyValueSampling(FEATURES, ZERO, n_samples=4), by_efficiency),
-    "KernelShap": (xai.KernelShap(FEATURES, ZERO, n_samples=64), by_efficiency),
-    "Lime": (xai.Lime(FEATURES, ZERO, n_samples=64), by_form),
-    "Rise": (xai.Rise(32, baseline=ZERO), by_form),
 }
+
+
+FEATURE_METHODS: dict[str, tuple[Callable[[xai.Features], xai.Attributor], Check]] = {
+    "FeatureAblation": (lambda features: xai.FeatureAblation(features, ZERO), by_masking),
+    "ShapleyValues": (lambda features: xai.ShapleyValues(xai.Channels(), ZERO), by_efficiency),
+    "ShapleyValueSampling": (
+        lambda features: xai.ShapleyValueSampling(features, ZERO, n_samples=4),
+        by_efficiency,
+    ),
+    "KernelShap": (lambda features: xai.KernelShap(features, ZERO, n_samples=32), by_efficiency),
+    "Lime": (lambda features: xai.Lime(features, ZERO, n_samples=32), by_form),
+    "Rise": (lambda features: xai.Rise(16, baseline=ZERO), by_form),
+}
+NAMES = (*METHODS, *FEATURE_METHODS)
+
+
+def method_for(subject: Subject, name: str) -> tuple[xai.Attributor, Check]:
+    """Return a method and its check; features are halves of the image along each axis."""
+    if name in METHODS:
+        return METHODS[name]
+    make, check = FEATURE_METHODS[name]
+    spatial = next(iter(subject.shapes.values()))[1:]
+    return make(xai.Blocks(tuple(n // 2 for n in spatial))), check
 
 
 class _Score(nn.Module):
@@ -413,7 +429,7 @@ class _Score(nn.Module):
 
 def judge(subject: Subject, network: nn.Module, name: str) -> Outcome:
     """Explain one network by one method, and check what comes."""
-    method, check = METHODS[name]
+    method, check = method_for(subject, name)
     with torch.no_grad():
         prediction = network(
             *subject.inputs().values()
@@ -480,7 +496,7 @@ def run(subjects: Sequence[str]) -> Iterator[tuple[str, str, str, Outcome]]:
     for subject_name in tqdm(subjects, desc="networks"):
         subject = SUBJECTS[subject_name]
         network = subject.build()
-        for name in METHODS:
+        for name in NAMES:
             yield "ours", subject_name, name, judge(subject, network, name)
         for name in CAPTUM:
             yield "captum", subject_name, name, judge_captum(subject, subject.build(), name)
@@ -498,7 +514,7 @@ def table(outcomes: Sequence[tuple[str, str, str, Outcome]]) -> str:
     lines = [
         "# Every method on every kind of network",
         "",
-        f"Written by `python -m benchmarks.compatibility`: {len(networks)} networks, {len(METHODS)} methods, "
+        f"Written by `python -m benchmarks.compatibility`: {len(networks)} networks, {len(NAMES)} methods, "
         f"torch {torch.__version__}, captum {captum.__version__}, double precision, random weights.",
         "",
         f"Of {len(ours)} pairs **{counts['right']} right** ({counts['right'] / len(ours):.1%}), "
@@ -533,9 +549,9 @@ def table(outcomes: Sequence[tuple[str, str, str, Outcome]]) -> str:
             f"{right} of {len(networks)} | {ratio} |"
         )
     lines += ["", "## The table", "", "✓ right, ≈ approximate, - refused, ✗ wrong, ! failed", ""]
-    lines += ["| network | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    lines += ["| network | " + " | ".join(NAMES) + " |", "|---" * (len(NAMES) + 1) + "|"]
     for network in networks:
-        cells = [MARKS[ours[network, method].kind] for method in METHODS]
+        cells = [MARKS[ours[network, method].kind] for method in NAMES]
         lines.append(f"| {network} | " + " | ".join(cells) + " |")
     lines += ["", "## What is not right, and why", ""]
     for (network, method), outcome in ours.items():

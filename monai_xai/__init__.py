@@ -47,7 +47,7 @@ from monai_xai.attributors import (
     XGradCam,
     ZPlusRule,
 )
-from monai_xai.baselines import Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
+from monai_xai.baselines import Auto, Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
 from monai_xai.cases import WorstCases
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import (
@@ -93,6 +93,7 @@ __all__ = [
     "AttributionHandler",
     "AttributionInferer",
     "Attributor",
+    "Auto",
     "Baseline",
     "Blocks",
     "Blur",

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import fire
+import torch
+from monai.bundle import ConfigParser
 
 from monai_xai import attributors
+from monai_xai.errors import InputError
+from monai_xai.networks import choose_layer, list_layers
 from monai_xai.overlays import path
 
 _FACTS = ("complete", "summable", "needs_layer", "stochastic", "by_hooks")
@@ -47,9 +54,38 @@ def overlay(name: str = "inference") -> str:
     return str(path(name))
 
 
+def layers(config: str, *shapes: Sequence[int], network: str = "network_def") -> str:
+    """List the layers of a bundle's network with the shapes of what they give, and the one that CAMs take by default.
+
+        monai_xai layers configs/inference.yaml 4,64,64,64
+
+    Args:
+        config: a config file of the bundle, JSON or YAML, or the network part of one. Run in the bundle's folder.
+        shapes: channels and size of an input, without the batch; of several inputs, one each.
+        network: id of the network in the config.
+    """
+    if not shapes:
+        raise InputError("Give the shape of each input without the batch, such as 4,64,64,64.")
+    parser = ConfigParser()
+    parser.read_config(config)
+    sys.path.insert(0, str(Path.cwd()))  # where a bundle's own code lies
+    built = parser.get_parsed_content(network).eval()
+
+    def call() -> object:
+        return built(*(torch.zeros(1, *shape) for shape in shapes))
+
+    chosen = choose_layer(built, call)
+    rows = [(name, kind, " x ".join(map(str, shape))) for name, kind, shape in list_layers(built, call)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(
+        f"{'*' if row[0] == chosen else ' '} {row[0].ljust(widths[0])}  {row[1].ljust(widths[1])}  {row[2]}"
+        for row in rows
+    )
+
+
 def main() -> None:
     """Run the command line."""
-    fire.Fire({"methods": methods, "overlay": overlay}, name="monai_xai")
+    fire.Fire({"methods": methods, "overlay": overlay, "layers": layers}, name="monai_xai")
 
 
 if __name__ == "__main__":

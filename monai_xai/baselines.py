@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from monai.data import MetaTensor
@@ -187,11 +187,33 @@ class Samples(Baseline):
         return tuple(_expand(self, value[None], x) for value in self.values)
 
 
-BaselineLike = Baseline | float | Tensor | Mapping[str, "BaselineLike"]
+BaselineLike = Baseline | float | Tensor | Literal["auto"] | Mapping[str, "BaselineLike"]
+
+
+@dataclass(frozen=True)
+class Auto(Baseline):
+    """The first of several baselines from which a method adds up on this network and input.
+
+    The :class:`~monai_xai.Explainer` tries one after the other, and says in ``facts["baseline"]`` which it took: the
+    first whose gap is within its ``tolerated_gap``, or else the one with the smallest. Written ``baseline="auto"``.
+
+    Args:
+        candidates: what is tried, in this order.
+    """
+
+    candidates: tuple[Baseline, ...] = field(default_factory=lambda: (Blur(), ChannelMinimum(), Noise()))
+
+    def draws(self, x: Tensor) -> tuple[Tensor, ...]:
+        raise InputError(
+            "baseline='auto' picks by the gap of a method that adds up (IntegratedGradients, DeepLift, GradientShap), "
+            "as the explainer's own attributor. Here, name a baseline such as Blur()."
+        )
 
 
 def as_baseline(value: BaselineLike) -> Baseline | Mapping[str, Baseline]:
-    """Coerce a number or tensor into :class:`Constant`, and the values of a mapping likewise."""
+    """Coerce "auto" into :class:`Auto`, a number or tensor into :class:`Constant`, a mapping value by value."""
+    if isinstance(value, str) and value == "auto":
+        return Auto()
     if isinstance(value, Mapping):
         return {name: as_baseline(part) for name, part in value.items()}  # type: ignore[misc]
     if isinstance(value, bool) or not isinstance(value, Baseline | int | float | Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
+from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
 from monai_xai.errors import AttributionError, InputError
-from monai_xai.explanation import Explanation
-from monai_xai.forward import guard
+from monai_xai.explanation import Explanation, relative_gap
+from monai_xai.forward import Scoring, guard
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 
@@ -106,7 +107,7 @@ class Explainer:
         start = time.perf_counter()
         scoring = task.scoring(target)
         with guard(self.attributor.name, scoring.values):
-            attribution = self.attributor.attribute(scoring)
+            attribution = self._attribute(scoring)
         self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={
@@ -128,6 +129,23 @@ class Explainer:
         )
         self._judge(explanation)
         return explanation
+
+    def _attribute(self, scoring: Scoring) -> Attribution:
+        baseline = getattr(self.attributor, "baseline", None)
+        if not isinstance(baseline, Auto) or not self.attributor.complete:
+            return self.attributor.attribute(scoring)
+        best: tuple[float, Attribution] | None = None
+        for candidate in baseline.candidates:
+            found = replace(self.attributor, baseline=candidate).attribute(scoring)  # type: ignore[call-arg]
+            found = replace(found, facts={**found.facts, "baseline": str(candidate)})
+            assert found.baseline_score is not None
+            gap = float(relative_gap(_delta(found), found.score, found.baseline_score).max())
+            if best is None or gap < best[0]:
+                best = gap, found
+            if gap <= self.tolerated_gap:
+                break
+        assert best is not None
+        return best[1]
 
     def _as_given(self, name: str, values: Tensor, task: Task) -> Tensor:
         """Return a map like its input; the map of a layer, which has no place in the scan, as it is."""

@@ -66,9 +66,7 @@ class Explanation:
         """
         if self.delta is None or self.baseline_score is None:
             return None
-        floor = rounding(self.score, self.baseline_score)
-        change = (self.score - self.baseline_score).abs().clamp(min=floor)
-        return torch.where(self.delta.abs() <= floor, 0.0, self.delta.abs() / change)
+        return relative_gap(self.delta, self.score, self.baseline_score)
 
     def contributions(self) -> dict[str, Tensor]:
         """Return the signed sum of each channel, in units of the score, by input name: shape (N, C) or (N, F).
@@ -82,3 +80,10 @@ class Explanation:
             name: (values.sum(tuple(range(2, values.ndim))) if values.ndim > 2 else values)
             for name, values in self.attributions.items()
         }
+
+
+def relative_gap(delta: Tensor, score: Tensor, baseline_score: Tensor) -> Tensor:
+    """Return ``|delta|`` relative to the change of the score; a delta that is no more than rounding counts as none."""
+    floor = rounding(score, baseline_score)
+    change = (score - baseline_score).abs().clamp(min=floor)
+    return torch.where(delta.abs() <= floor, 0.0, delta.abs() / change)

@@ -68,6 +68,35 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
+def list_layers(network: nn.Module, call: Callable[[], object]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return name, type and shape of the output of every layer that gives one tensor, in the order of the calls.
+
+    Args:
+        network: whose layers are listed.
+        call: calls the network once.
+    """
+    found: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    handles = []
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, arguments: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                found.setdefault(name, (name, type(module).__name__, tuple(output.shape)))
+
+        return record
+
+    for name, module in network.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(recorder(name)))
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
 def choose_layer(network: nn.Module, call: Callable[[], object]) -> str:
     """Return the name of the layer for class activation maps: the last convolution at the coarsest resolution.
 

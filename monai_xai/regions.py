@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from scipy import ndimage
+from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from monai_xai.errors import EmptyRegionError, InputError
@@ -67,12 +68,20 @@ class Predicted(Region):
     Args:
         threshold: None takes the voxels where the channel is the arg-max (for an output of one channel: where it is
             above 0, which is probability 0.5 for a logit). A number takes the voxels where the channel is above it,
-            in the unit of the output: for a multi-label network such as BraTS, ``threshold=0.0`` on logits.
+            in the unit of the output: for a multi-label network such as BraTS, ``threshold=0.0`` on logits. "otsu"
+            takes the one that parts each sample's values of the channel best in two (Otsu 1979).
     """
 
-    threshold: float | None = None
+    threshold: float | Literal["otsu"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, str) and self.threshold != "otsu":
+            raise InputError(f"Predicted(threshold={self.threshold!r}) must be a number, 'otsu' or None.")
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
+        if isinstance(self.threshold, str):
+            values = output[:, channel : channel + 1]
+            return torch.stack([sample > _otsu(sample) for sample in values])
         if self.threshold is None and output.shape[1] > 1:
             return output.argmax(1, keepdim=True) == channel
         return output[:, channel : channel + 1] > (self.threshold or 0.0)
@@ -240,3 +249,8 @@ class Mask(Region):
             raise InputError(
                 f"Mask needs voxels that expand to {shape}, got shape {tuple(voxels.shape)}."
             ) from error
+
+
+def _otsu(values: Tensor) -> float:
+    """Return the threshold between two groups of values; of equal values, these."""
+    return float(threshold_otsu(values.detach().cpu().double().numpy()))  # type: ignore[no-untyped-call]

@@ -261,9 +261,10 @@ def _draw_letters(axes: Axes, plane: Plane) -> None:
         (top, 0.5, 0.985, "center", "top"),
         (bottom, 0.5, 0.015, "center", "bottom"),
     ):
-        axes.text(
+        letter = axes.text(
             x, y, words, transform=axes.transAxes, ha=ha, va=va, size=SMALL, color=INK, path_effects=CASING
         )
+        letter.set_snap(False)  # snapped to pixels, an L can lose its foot and read as I
 
 
 def _draw_cross(axes: Axes, scene: Scene, panel: Panel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cases import CLASSES, SCANS, held_out_cases, is_phantom, training_cases
+from .cases import CLASSES, SCANS, held_out_cases, is_phantom, other_cases, training_cases
 from .network import LateFusionNet
 from .phantom import EVIDENCE, Phantom, make_case, write_phantom
 from .report import PredictionSaver, log_scores, require_checkpoint, scores_and_labels
@@ -22,6 +22,7 @@ __all__ = [
     "is_phantom",
     "log_scores",
     "make_case",
+    "other_cases",
     "require_checkpoint",
     "scores_and_labels",
     "training_cases",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Mapping, Sequence
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ def is_phantom(dataset_dir: str | os.PathLike[str]) -> bool:
     return (Path(dataset_dir).expanduser() / TRUTH_FILE).is_file()
 
 
-def training_cases(dataset_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def training_cases(dataset_dir: str | os.PathLike[str], *, with_label: bool = True) -> list[dict[str, Any]]:
     """The cases to train on: those under "training" in the datalist.
 
     Args:
         dataset_dir: folder with a `datalist.json`, to which its paths are relative.
+        with_label: whether labels are required, of both classes; without, they come along where there are some.
 
     Returns:
         One dictionary per case: `case_id`, `image` (file of the CT), `pet` (file of the PET), `label` (0 or 1), and
@@ -47,13 +48,9 @@ def training_cases(dataset_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: if the datalist is no such list; if a scan is unreadable, has no place in space, or does not show
             what the other scan shows; if a label is missing or no class; or if there is one class only.
     """
-    cases = _described(Path(dataset_dir).expanduser(), "training", with_label=True)
-    found = {case["label"] for case in cases}
-    if len(found) < 2:
-        raise ValueError(
-            f'All {len(cases)} cases under "training" are {CLASSES[found.pop()]}. Add some of the other class to '
-            f"{DATALIST_FILE}: nothing can be learned from one."
-        )
+    cases = _described(Path(dataset_dir).expanduser(), "training", with_label=with_label)
+    if with_label:
+        _require_both_classes(cases)
     return cases
 
 
@@ -65,6 +62,26 @@ def held_out_cases(dataset_dir: str | os.PathLike[str], *, with_label: bool = Tr
         with_label: whether a label is required; without, it comes along where there is one.
     """
     return _described(Path(dataset_dir).expanduser(), "testing", with_label=with_label)
+
+
+def other_cases(dataset_dir: str | os.PathLike[str], n: int = 16, seed: int = 0) -> list[dict[str, Any]]:
+    """Training cases to hold a case against, drawn at random, but as many of one class as of the other.
+
+    Otherwise what a scan adds would depend on which class happened to be drawn more often. Cases without a label are
+    taken too.
+
+    Args:
+        dataset_dir: folder with a `datalist.json`.
+        n: how many, if there are so many.
+        seed: of the draw.
+    """
+    cases = training_cases(dataset_dir, with_label=False)
+    drawn = [cases[i] for i in np.random.default_rng(seed).permutation(len(cases))]
+    by_class = [
+        [case for case in drawn if case.get("label") == label] for label in (*range(len(CLASSES)), None)
+    ]
+    in_turn = [case for turn in zip_longest(*by_class) for case in turn if case is not None]
+    return in_turn[:n]
 
 
 def _described(root: Path, section: str, *, with_label: bool) -> list[dict[str, Any]]:
@@ -106,6 +123,15 @@ def _name(entry: Any, section: str, index: int) -> str:
             "digits, _ and -, because files are called after it."
         )
     return name
+
+
+def _require_both_classes(cases: Sequence[Mapping[str, Any]]) -> None:
+    found = {case["label"] for case in cases}
+    if len(found) < 2:
+        raise ValueError(
+            f'All {len(cases)} cases under "training" are {CLASSES[found.pop()]}. Add some of the other class to '
+            f"{DATALIST_FILE}: nothing can be learned from one."
+        )
 
 
 def _describe(root: Path, entry: dict[str, Any], *, with_label: bool) -> dict[str, Any]:

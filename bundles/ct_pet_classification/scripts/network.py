@@ -26,7 +26,7 @@ class LateFusionNet(nn.Module):
     Shapes: ct (N, 1, X, Y, Z); pet (N, 1, X', Y', Z'); result (N, out_channels), logits.
 
     Example:
-        >>> LateFusionNet().eval()(torch.zeros(2, 1, 48, 40, 40), torch.zeros(2, 1, 30, 24, 24)).shape
+        >>> LateFusionNet().eval()(torch.zeros(2, 1, 36, 30, 30), torch.zeros(2, 1, 28, 22, 22)).shape
         torch.Size([2, 2])
     """
 

@@ -38,11 +38,11 @@ EVIDENCE: Mapping[str, tuple[str, ...]] = {  # by plant, the inputs whose voxels
 }
 DATALIST_FILE = "datalist.json"
 TRUTH_FILE = "truth.json"
-CT_SHAPE, CT_SPACING_MM = (48, 40, 40), (2.9, 2.9, 3.1)
-PET_SHAPE, PET_SPACING_MM = (36, 30, 32), (5.2, 5.2, 4.7)
+CT_SHAPE, CT_SPACING_MM = (36, 30, 30), (3.9, 3.9, 4.1)
+PET_SHAPE, PET_SPACING_MM = (32, 26, 28), (5.6, 5.6, 5.3)
 BLOCK = 8  # cases in which every combination of the two cues and a marker occurs once
 HELD_OUT_EVERY = 4  # the first of so many blocks is held out
-__version__ = 1  # of the voxels: raise it whenever a change to this file or to anatomy.py changes them
+__version__ = 2  # of the voxels: raise it whenever a change to this file or to anatomy.py changes them
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Phantom:
     """
 
     plant: str = "pet"
-    n_cases: int = 128
+    n_cases: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -265,10 +265,8 @@ def _scan_ct(
     solid, haze = rng.uniform(700, 1000), rng.uniform(0, 60)
     mask, value = share(lesion.depth(grid.points)), haze
     if is_solid:
-        mask, value = (
-            np.maximum(mask, share(lesion.spicules(grid.points)) * share(thorax.lungs(points))),
-            solid,
-        )
+        spicules = share(lesion.spicules(grid.points)) * share(thorax.lungs(points))
+        mask, value = np.maximum(mask, spicules), solid
     density += mask * (value - density)
     density += tag * (2800.0 - density)
     density += 15.0 * grid.noise(rng, 2.0)
@@ -283,10 +281,7 @@ def _scan_pet(
     for tissue, mask in thorax.layers(points):
         uptake += mask * (TISSUE[tissue][1] - uptake)
     heart = thorax.heart(points)
-    wall, blood = (
-        rng.uniform(2.0, 6.0),
-        1.6,
-    )  # how much the muscle of the heart takes up depends on the last meal
+    wall, blood = rng.uniform(2.0, 6.0), 1.6  # what the muscle of the heart takes up depends on the last meal
     uptake += share(heart) * (wall - uptake) + share(heart - 9.0) * (blood - wall)
     hot, cold = rng.uniform(8.0, 13.0), rng.uniform(0.8, 1.4)
     uptake += share(lesion.depth(grid.points)) * ((hot if is_hot else cold) - uptake)
