@@ -124,7 +124,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "UNet 3D (PReLU, instance norm)": Subject(lambda: nets.UNet(3, 1, 2, (4, 8), (2,)), CUBE),
     "BasicUNet 2D": Subject(lambda: nets.BasicUNet(2, 1, 2, (8, 8, 16, 16, 16, 8)), IMAGE),
-    "BasicUNet 3D": Subject(lambda: nets.BasicUNet(3, 1, 2, (4, 4, 8, 8, 8, 4)), CUBE),
+    "BasicUNet 3D": Subject(lambda: nets.BasicUNet(3, 1, 2, (2, 2, 4, 4, 4, 2)), {"image": (1, 32, 32, 32)}),
     "BasicUNet++ 2D": Subject(lambda: nets.BasicUNetPlusPlus(2, 1, 2, (8, 8, 8, 8, 8, 8)), IMAGE, head=0),
     "DynUNet 2D": Subject(
         lambda: nets.DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 8, 16]), IMAGE

@@ -253,4 +253,4 @@ class Mask(Region):
 
 def _otsu(values: Tensor) -> float:
     """Return the threshold between two groups of values; of equal values, these."""
-    return float(threshold_otsu(values.detach().cpu().double().numpy()))  # type: ignore[no-untyped-call]
+    return float(threshold_otsu(values.detach().cpu().double().numpy().ravel()))  # type: ignore[no-untyped-call]

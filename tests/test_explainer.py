@@ -18,11 +18,13 @@ from torch import nn
 from monai_xai import (
     AttributionError,
     AttributionHandler,
+    Auto,
     Blur,
     Box,
     ClassScore,
     CompletenessWarning,
     Component,
+    Constant,
     DeepLift,
     Explainer,
     Explanation,
@@ -562,3 +564,24 @@ def test_a_small_spacing_is_no_singular_affine():
     affine = torch.diag(torch.tensor([1e-5, 1e-5, 1e-5, 1.0], dtype=torch.float64))
     x = MetaTensor(random_image(1, 1, 4, 4, 4), affine=affine)
     Explainer(OutputScore(), Saliency())(LinearImage((1, 4, 4, 4)), x)
+
+
+def test_an_automatic_baseline_is_the_first_from_which_the_method_adds_up_and_is_named():
+    torch.manual_seed(0)
+    network = small_unet(channels=1, act="PRELU", norm="INSTANCE")
+    x, target = random_image(1, 1, 16, 16), RegionScore(1, Box((3, 2), (14, 9)))
+    method = IntegratedGradients(n_steps=4, baseline=Auto((Constant(0.0), Noise())), tolerance=None)
+    explanation = Explainer(target, method)(network, x)
+    assert explanation.facts["baseline"] == str(Noise())
+    assert float(explanation.gap) <= 0.05
+    assert Explainer(target, DeepLift(baseline="auto"))(network, x).facts["baseline"] == str(Blur())
+    with pytest.raises(InputError, match="name a baseline"):
+        Explainer(target, FeatureAblation(baseline="auto"))(network, x)
+
+
+def test_a_region_above_the_threshold_of_otsu_is_frozen():
+    output = torch.cat([torch.zeros(1, 1, 4, 4), torch.arange(16.0).reshape(1, 1, 4, 4) ** 3], 1)
+    mask = Predicted("otsu").mask(output, None, 1)
+    assert mask.flatten().tolist() == [False] * 12 + [True] * 4
+    with pytest.raises(InputError, match="'otsu' or None"):
+        Predicted("best")
