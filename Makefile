@@ -30,11 +30,12 @@ help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
-	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --explain_handler::on_error raise
+	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --epochs 6 \
+	    --explain_handler::on_error raise
 	cd $(SEGMENTATION) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
-	cd $(IMAGE_AND_RECORD) && $(RUN) configs/train.yaml --plant redundant
+	cd $(IMAGE_AND_RECORD) && $(RUN) configs/train.yaml --plant redundant --epochs 12
 	cd $(IMAGE_AND_RECORD) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --plant redundant \
-	    --modality_handler::on_error raise
+	    --n_others 4 --detailed_cases 2 --modality_handler::on_error raise
 	@echo
 	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
 	@find $(SEGMENTATION)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
