@@ -40,7 +40,7 @@ class Kind(Enum):
 
 
 # fmt: off
-_ROUTE = frozenset((
+ROUTES = frozenset((
     "alpha_dropout", "as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "cat",
     "channel_shuffle", "chunk", "clone", "concat", "concatenate", "contiguous", "cpu", "cuda", "diagonal", "double",
     "dropout", "dropout1d", "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "feature_dropout", "flatten",
@@ -91,7 +91,7 @@ RECTIFIERS = frozenset((
 _KINDS = {
     name: kind
     for names, kind in (
-        (_ROUTE, Kind.ROUTE),
+        (ROUTES, Kind.ROUTE),
         (_LINEAR, Kind.LINEAR),
         (ADDITIONS, Kind.ADD),
         (_PRODUCT, Kind.PRODUCT),
@@ -197,7 +197,7 @@ class Watch(TorchFunctionMode):
         name = spelled.strip("_")
         name = _KEEPS_MEANING.get(name, name)
         place = self.places[-1] if self.places else ""
-        if name in _WITHOUT_GRADIENT or (name in _ROUTE and name not in self.routes):
+        if name in _WITHOUT_GRADIENT or (name in ROUTES and name not in self.routes):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             raise UnsupportedNetworkError(

@@ -499,6 +499,20 @@ def test_lrp_says_what_became_of_the_relevance(name):
     )
 
 
+@pytest.mark.parametrize(
+    "method",
+    [LRP(), LRP(EpsilonRule(), EpsilonRule()), DeepLift(Noise()), GuidedBackprop()],
+    ids=lambda m: m.name,
+)
+@pytest.mark.parametrize("make", [make_resnet, NETWORKS["unet gelu group"]], ids=["resnet", "unet"])
+def test_two_samples_at_once_are_each_alone(method, make):
+    network = make()
+    x = torch.cat([random_image(1, 1, 32, 32), 5 * random_image(1, 1, 32, 32, seed=3)])
+    target = BOX if network(x).ndim > 2 else ClassScore(1)
+    alone = torch.cat([maps(method, network, row[None], target) for row in x])
+    torch.testing.assert_close(maps(method, network, x, target), alone, rtol=1e-6, atol=1e-10)
+
+
 def test_lrp_conserves_where_there_are_no_biases():
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -552,3 +566,7 @@ def test_the_first_layer_may_have_a_rule_of_its_own():
     torch.testing.assert_close(
         maps(LRP(convolution=FlatRule()), network, x, target), maps(everywhere, network, x, target)
     )
+    padded = Called(lambda z: network(functional.pad(z.permute(0, 1, 3, 2), (1, 1, 1, 1))))
+    padded.network = network
+    moved = maps(LRP(first=FlatRule()), padded, x, target)
+    assert not torch.equal(moved, maps(LRP(), padded, x, target))

@@ -23,7 +23,7 @@ from torch import Tensor
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import ADDITIONS, COMPOSITES, Kind, Operation, Watch, passed, watched
+from monai_xai.operations import ADDITIONS, COMPOSITES, ROUTES, Kind, Operation, Watch, passed, watched
 
 _WEIGHTED = frozenset(
     ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
@@ -269,6 +269,8 @@ def _relevance(method: LRP, term: Term, inputs: Tensors) -> tuple[Tensor, Tensor
 class _HandDown(Watch):
     """A pass in which every call gets a backward pass that hands down relevance in place of a gradient."""
 
+    routes = ROUTES
+
     def __init__(self, method: LRP, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.method = method
@@ -278,6 +280,8 @@ class _HandDown(Watch):
         self.folding: dict[int, tuple[Tensor, Operation]] = {}  # calls with weights, by their results
 
     def handle(self, operation: Operation) -> Any:
+        if operation.kind is Kind.ROUTE:
+            return self._follow(operation)
         if apart := COMPOSITES.get(operation.name):
             with self:
                 return apart(operation)
@@ -291,6 +295,14 @@ class _HandDown(Watch):
         if rule is None:
             raise UnsupportedNetworkError(f"LRP has no rule for {operation}. Use IntegratedGradients().")
         return rule(operation)
+
+    def _follow(self, operation: Operation) -> Any:
+        """Move values, and know an input of the network again afterwards."""
+        result = operation.run()
+        if any(id(x) in self.raw for x in operation.dependents):
+            moved = result if isinstance(result, tuple | list) else (result,)
+            self.raw |= {id(x): x for x in moved if isinstance(x, Tensor)}
+        return result
 
     def _weighted(self, operation: Operation) -> Tensor:
         (x,) = operation.dependents
@@ -413,8 +425,10 @@ _ARGUMENTS = {
 
 
 def stabilized(z: Tensor, epsilon: float) -> Tensor:
-    """Return z with its absolute value raised by a share of its root mean square, so that it can be divided by."""
-    floor = epsilon * float(z.square().mean().sqrt()) or 1.0
+    """Return z with its absolute value raised by a share of each sample's root mean square, to be divided by."""
+    axes = tuple(range(1, z.ndim))
+    floor = epsilon * (z.square().mean(axes, keepdim=True).sqrt() if axes else z.abs())
+    floor = floor.where(floor > 0, 1)
     return z + torch.where(z >= 0, floor, -floor)
 
 
