@@ -381,6 +381,7 @@ def test_odd_maps_are_drawn_and_named(draw: Callable[[Scene], Figure]) -> None:
         figure = draw(scene(**changes))
         assert note in words(figure)
         assert rasterize(figure).any()
+    assert "given" not in " ".join(words(draw(scene(label=None, prediction=None))))
 
 
 def test_layer_map_of_one_channel_lies_over_the_first() -> None:
