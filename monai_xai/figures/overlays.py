@@ -285,7 +285,9 @@ def _draw_cross(axes: Axes, scene: Scene, panel: Panel) -> None:
 
 def _draw_legend(sheet: Sheet, scene: Scene, top: float) -> None:
     left = EDGE
-    for name, style in STYLES.items() if scene.outlines else ():  # of a classification there is nothing to outline
+    for name, style in (
+        STYLES.items() if scene.outlines else ()
+    ):  # of a classification there is nothing to outline
         words = _outline_words(scene, name)
         axes = sheet.axes(left, top, 0.35, LINE)
         axes.patch.set_visible(False)
