@@ -17,7 +17,7 @@ from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import Explanation, relative_gap
-from monai_xai.forward import Scoring, guard
+from monai_xai.forward import Scoring, count_not_finite, guard
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 
@@ -171,7 +171,7 @@ class Explainer:
                 f"defined on what {self.attributor} holds the input against. Choose another baseline, such as Blur()."
             )
         for name, values in attribution.maps.items():
-            if bad := int((~torch.isfinite(values)).sum()):
+            if bad := count_not_finite(values):
                 raise AttributionError(
                     f"{self.attributor.name} gave {bad} NaN or infinite attributions for the input {name!r} of "
                     f"{values.numel()}: the network has no finite gradient there (a square root or division at 0?). "

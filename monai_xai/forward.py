@@ -29,6 +29,11 @@ Tensors = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
+def count_not_finite(x: Tensor) -> int:
+    """Return how many values are NaN or infinite; a finite sum spares looking at each."""
+    return 0 if torch.isfinite(x.detach().sum()) else int((~torch.isfinite(x)).sum())
+
+
 class ScoreFunction(nn.Module):
     """The network and its target as one module: ``(*inputs, *selection)`` to scores of shape (N,).
 
@@ -101,22 +106,41 @@ class Term(ABC):
         with torch.no_grad():
             return self.function(*(x.clone() for x in inputs), *self.selection())
 
-    def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
-        """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part.
+    def trace(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the scores of a part, shape (n,), with a graph that leads to copies of its inputs, and these.
 
-        Inputs that the network does not use get zeros.
+        Raises:
+            UnsupportedNetworkError: if the score does not depend on the inputs.
         """
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
-            scores = self.function(*(x.clone() for x in leaves), *self.selection())
-            if not scores.requires_grad:
-                raise UnsupportedNetworkError(
-                    "The score does not depend on the inputs through autograd (a frozen engine, detach() or arg-max "
-                    "on the way?). Use a perturbation method such as FeatureAblation or Occlusion."
-                )
-            gradients = torch.autograd.grad(scores.sum(), leaves, allow_unused=True)
-        found = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
-        return scores.detach(), tuple(found)
+            scores: Tensor = self.function(*(x.clone() for x in leaves), *self.selection())
+        if not scores.requires_grad:
+            raise UnsupportedNetworkError(
+                "The score does not depend on the inputs through autograd (a frozen engine, detach() or arg-max "
+                "on the way?). Use a perturbation method such as FeatureAblation or Occlusion."
+            )
+        return scores, leaves
+
+    def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
+        """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part."""
+        scores, leaves = self.trace(inputs)
+        return scores.detach(), pull_back(scores, leaves)
+
+
+def pull_back(
+    outputs: Tensor, leaves: Sequence[Tensor], cotangent: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Return what comes back from outputs to leaves; zeros for those that are not used.
+
+    Args:
+        outputs: with a graph.
+        leaves: what it leads to.
+        cotangent: what comes from above; None is 1 everywhere.
+    """
+    cotangent = torch.ones_like(outputs) if cotangent is None else cotangent
+    found = torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
 
 
 class InfererNetwork(nn.Module):
@@ -255,15 +279,30 @@ class Scoring:
 
     def gradient(self, inputs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensors]:
         """Return scores (N,) and their gradient with respect to every whole input."""
+        return self.propagate(
+            "gradient", lambda term, part: term.gradient(part), self.values if inputs is None else inputs
+        )
+
+    def propagate(
+        self,
+        name: str,
+        attribute: Callable[..., tuple[Tensor, Sequence[Tensor]]],
+        *wholes: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensors]:
+        """Return scores (N,) and maps, summed over what ``attribute(term, *parts)`` gives of both."""
         scores: list[Tensor] = []
 
-        def attribute(term: Term, part: Tensors) -> Tensors:
-            score, gradients = term.gradient(part)
+        def keep_score(term: Term, *parts: Tensors) -> Sequence[Tensor]:
+            score, maps = attribute(term, *parts)
             scores.append(score)
-            return gradients
+            return maps
 
-        gradients = self.accumulate("gradient", attribute, self.values if inputs is None else inputs)
-        return self.sum_scores(scores), gradients
+        maps = self.accumulate(name, keep_score, *wholes)
+        return self.sum_scores(scores), maps
+
+    def named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return maps by the names of their inputs."""
+        return dict(zip(self.inputs, maps, strict=True))
 
     def accumulate(
         self, name: str, attribute: Callable[..., Sequence[Tensor]], *wholes: Sequence[Tensor]

@@ -58,12 +58,13 @@ _LINEAR = frozenset((
     "upsample",
 ))
 ADDITIONS = frozenset((
-    "add", "iadd", "isub", "radd", "rsub", "sub", "subtract",
+    "add", "radd", "rsub", "sub", "subtract",
 ))
 _PRODUCT = frozenset((
-    "addcmul", "addmm", "baddbmm", "bmm", "div", "divide", "dot", "einsum", "idiv", "imul", "inner", "itruediv",
-    "matmul", "mm", "mul", "multiply", "mv", "rmatmul", "rmul", "tensordot", "true_divide", "truediv",
+    "addcmul", "addmm", "baddbmm", "bmm", "div", "divide", "dot", "einsum", "inner", "matmul", "mm", "mul", "multiply",
+    "mv", "rmatmul", "rmul", "tensordot", "true_divide",
 ))
+DIVISIONS = frozenset(("div", "divide", "true_divide"))
 _ACTIVATION = frozenset((
     "abs", "arctan", "atan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cos", "elu", "erf", "exp", "expm1",
     "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log10", "log1p", "log2",
@@ -149,13 +150,17 @@ class Operation:
 
     def _kind_of_one(self, kind: Kind) -> Kind:
         if kind is Kind.PRODUCT:
-            is_divisor = self.name in ("div", "divide", "true_divide") and not _depends(self.arguments[0])
+            is_divisor = self.name in DIVISIONS and not _depends(self.arguments[0])
             return Kind.ACTIVATION if is_divisor else Kind.LINEAR
         if kind is Kind.ADD:
             return Kind.LINEAR
         if self.name == "where" and _depends(self.arguments[0]):
             return Kind.UNKNOWN
         return kind
+
+    def named(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments by their names in the function's signature."""
+        return dict(zip(names, self.arguments, strict=False)) | dict(self.options)
 
     def run(self) -> Any:
         """Call the function."""
@@ -180,6 +185,8 @@ class Watch(TorchFunctionMode):
 
     routes: ClassVar[frozenset[str]] = frozenset()
     """Calls that merely move values and are to be handled all the same."""
+    takes_apart: ClassVar[bool] = True
+    """Whether attention and deviations come as the calls that they are made of."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,81 +217,41 @@ class Watch(TorchFunctionMode):
             )
         written = _written_in_place(spelled, args, kwargs)
         if written is None:
-            return self.handle(Operation(name, func, args, kwargs, place))
+            return self._see(Operation(name, func, args, kwargs, place))
         function = _out_of_place(func, spelled, name)
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         copies = _map(args, lambda x: x.clone())
-        result = self.handle(Operation(name, function, copies, kwargs, place))
-        return written.copy_(result)
+        return written.copy_(self._see(Operation(name, function, copies, kwargs, place)))
+
+    def _see(self, operation: Operation) -> Any:
+        apart = _IN_STEPS.get(operation.name) if self.takes_apart else None
+        if apart is None:
+            return self.handle(operation)
+        with self:
+            return apart(operation)
 
 
-_QUERIES = frozenset(
-    ("__get__", "size", "dim", "__len__", "numel", "is_contiguous", "stride", "ndimension", "__set__")
-)
-_WITHOUT_GRADIENT = frozenset(
-    (
-        *(
-            "argmax",
-            "argmin",
-            "argsort",
-            "all",
-            "any",
-            "detach",
-            "eq",
-            "equal",
-            "floor",
-            "ge",
-            "gt",
-            "isfinite",
-            "isinf",
-        ),
-        *(
-            "isnan",
-            "item",
-            "le",
-            "lt",
-            "ne",
-            "ones_like",
-            "rand_like",
-            "randn_like",
-            "round",
-            "sign",
-            "zeros_like",
-        ),
-        *(
-            "empty_like",
-            "full_like",
-            "new_empty",
-            "new_full",
-            "new_ones",
-            "new_tensor",
-            "new_zeros",
-            "tolist",
-        ),
-        *(
-            "is_floating_point",
-            "is_complex",
-            "element_size",
-            "numpy",
-            "get_device",
-            "is_same_size",
-            "requires_grad_",
-        ),
-    )
-)
+# fmt: off
+_QUERIES = frozenset((
+    "__get__", "size", "dim", "__len__", "numel", "is_contiguous", "stride", "ndimension", "__set__",
+))
+_WITHOUT_GRADIENT = frozenset((
+    "all", "any", "argmax", "argmin", "argsort", "detach", "element_size", "empty_like", "eq", "equal", "floor",
+    "full_like", "ge", "get_device", "gt", "is_complex", "is_floating_point", "is_same_size", "isfinite", "isinf",
+    "isnan", "item", "le", "lt", "ne", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",
+    "ones_like", "rand_like", "randn_like", "requires_grad_", "round", "sign", "tolist", "zeros_like",
+))
+# fmt: on
 
 
 def _written_in_place(spelled: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor that a call writes its result to, if it does."""
-    is_in_place = spelled.endswith("_") and not spelled.endswith("__")
-    if (
-        is_in_place
-        or options.get("inplace")
-        or spelled in ("__iadd__", "__isub__", "__imul__", "__itruediv__")
-    ):
-        assert isinstance(arguments[0], Tensor)
-        return arguments[0]
-    return None
+    by_name = spelled.endswith("_") and not spelled.endswith("__")
+    by_operator = spelled.startswith("__i") and spelled.strip("_") in _KEEPS_MEANING
+    if not (by_name or by_operator or options.get("inplace")):
+        return None
+    assert isinstance(arguments[0], Tensor)
+    return arguments[0]
 
 
 def _out_of_place(func: Callable[..., Any], spelled: str, name: str) -> Callable[..., Any]:
@@ -372,6 +339,15 @@ def passed(
     return result
 
 
+def pull_back_through(
+    function: Callable[..., Tensor], values: Sequence[Tensor], coming: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what a function passes back to each of its values of what comes from above."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in values]
+        return torch.autograd.grad(function(*leaves), leaves, coming)
+
+
 class Norm(NamedTuple):
     """What a normalizing call does: groups, takes the mean off, divides, and scales.
 
@@ -394,8 +370,7 @@ class Norm(NamedTuple):
     @classmethod
     def of(cls, operation: Operation) -> Norm:
         """Read a call of instance, group, layer or root-mean-square norm."""
-        names = _NORM_ARGUMENTS[operation.name]
-        given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+        given = operation.named(_NORM_ARGUMENTS[operation.name])
         x, weight, eps = given["input"], given.get("weight"), given.get("eps")
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         if operation.name in ("layer_norm", "rms_norm"):
@@ -427,10 +402,10 @@ _NORM_ARGUMENTS = {
 }  # fmt: skip
 
 
-def attend_in_steps(operation: Operation) -> Tensor:
+def _attend_in_steps(operation: Operation) -> Tensor:
     """Scaled dot-product attention by products and a softmax, each a call of its own."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    given = operation.named(names)
     query, key, value = given["query"], given["key"], given["value"]
     scale = given.get("scale") or 1 / math.sqrt(query.shape[-1])
     logits = torch.matmul(query * scale, key.transpose(-2, -1))
@@ -443,13 +418,13 @@ def attend_in_steps(operation: Operation) -> Tensor:
     return torch.matmul(torch.softmax(logits, -1), value)
 
 
-def attend_with_heads_in_steps(operation: Operation) -> tuple[Tensor, None]:
-    """Multi-head attention, as ``nn.MultiheadAttention`` calls it, by its projections and :func:`attend_in_steps`."""
+def _attend_with_heads_in_steps(operation: Operation) -> tuple[Tensor, None]:
+    """Multi-head attention, as ``nn.MultiheadAttention`` calls it, by its projections and attention in steps."""
     names = (
         "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
         "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias",
     )  # fmt: skip
-    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    given = operation.named(names)
     unusual = [
         name
         for name in (
@@ -480,10 +455,10 @@ def attend_with_heads_in_steps(operation: Operation) -> tuple[Tensor, None]:
     return functional.linear(together, given["out_proj_weight"], given["out_proj_bias"]), None
 
 
-def deviate_in_steps(operation: Operation) -> Tensor:
+def _deviate_in_steps(operation: Operation) -> Tensor:
     """Variance or standard deviation by differences, squares and a root, each a call of its own."""
     names = ("input", "dim", "unbiased", "keepdim")
-    given = dict(zip(names, operation.arguments, strict=False)) | dict(operation.options)
+    given = operation.named(names)
     if isinstance(given.get("dim"), bool):  # x.std(False)
         given["unbiased"] = given.pop("dim")
     x = given["input"]
@@ -497,11 +472,11 @@ def deviate_in_steps(operation: Operation) -> Tensor:
     return variance.sqrt() if operation.name == "std" else variance
 
 
-COMPOSITES: Mapping[str, Callable[[Operation], Any]] = {
-    "scaled_dot_product_attention": attend_in_steps,
-    "std": deviate_in_steps,
-    "var": deviate_in_steps,
-    "multi_head_attention_forward": attend_with_heads_in_steps,
+_IN_STEPS: Mapping[str, Callable[[Operation], Any]] = {
+    "scaled_dot_product_attention": _attend_in_steps,
+    "std": _deviate_in_steps,
+    "var": _deviate_in_steps,
+    "multi_head_attention_forward": _attend_with_heads_in_steps,
 }
 
 

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from monai_xai.calls import CalledNetwork, CallForm, find_embeddings
 from monai_xai.errors import InputError
 from monai_xai.explanation import is_place
-from monai_xai.forward import InfererNetwork, ScoreFunction, Scoring, Tensors, WholeTerm, guard, undisturbed
+from monai_xai.forward import (
+    InfererNetwork,
+    ScoreFunction,
+    Scoring,
+    Tensors,
+    WholeTerm,
+    count_not_finite,
+    guard,
+    undisturbed,
+)
 from monai_xai.networks import require_module
 from monai_xai.regions import Needs
 from monai_xai.targets import FunctionTarget, Target
@@ -240,8 +249,7 @@ def _check_input(name: str, x: Tensor) -> None:
             f"The input {name!r} must be of floating-point numbers, got {x.dtype}: convert with .float()."
         )
     for sample, values in enumerate(x if x.is_floating_point() else []):
-        bad = int((~torch.isfinite(values)).sum())
-        if bad:
+        if bad := count_not_finite(values):
             raise InputError(
                 f"The input {name!r} has {bad} NaN or infinite values in sample {sample} (shape {tuple(x.shape)}): "
                 "no attribution is defined there. Mend the image, or clean it with torch.nan_to_num first."

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, with_progress
+from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, count_not_finite, with_progress
 from monai_xai.targets import Target, pick_head
 
 Place = tuple[slice, ...]
@@ -403,7 +403,7 @@ def _share_among_windows(windows: Windows, weights: Tensor) -> Tensor:
     """
     padded, total = windows.pad_with_zeros(weights), windows.total_importance
     shared = padded / total
-    if not torch.isfinite(shared).all():
+    if count_not_finite(shared):
         if ((padded != 0) & (total == 0)).any():
             raise InputError(
                 "The region has voxels with zero importance in every window: see the roi_weight_map."

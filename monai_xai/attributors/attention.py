@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import COMPOSITES, Operation, Watch, watched
+from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.operations import Operation, Watch, watched
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,16 @@ class AttentionRollout(Attributor):
 
     def _roll(self, term: Term, inputs: Tensors) -> tuple[Tensor, Tensor]:
         """Return the score, and how much every token contributes, shape (n, tokens)."""
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            with watched(term.network, watch := _Attentions()):
-                score = term.function(*(x.clone() for x in leaves), *term.selection())
+        with watched(term.network, watch := _Attentions()):
+            score, _ = term.trace(inputs)
         if not watch.found:
             raise UnsupportedNetworkError(
                 f"{self.name} needs a transformer, and this network has no attention."
             )
         maps: list[Tensor] = [attention.detach() for attention in watch.found]
         if self.is_weighted:
-            gradients = torch.autograd.grad(score.sum(), watch.found, allow_unused=True)
-            maps = [
-                torch.zeros_like(a) if g is None else (a * g).relu()
-                for a, g in zip(maps, gradients, strict=True)
-            ]
+            gradients = pull_back(score, watch.found)
+            maps = [(a * g).relu() for a, g in zip(maps, gradients, strict=True)]
         if len({attention.shape[-1] for attention in maps}) != 1 or maps[0].shape[0] != len(inputs[0]):
             raise UnsupportedNetworkError(
                 f"{self.name} needs the same tokens in every block, got attention of shapes "
@@ -95,9 +90,6 @@ class _Attentions(Watch):
         self.found: list[Tensor] = []
 
     def handle(self, operation: Operation) -> Any:
-        if apart := COMPOSITES.get(operation.name):
-            with self:
-                return apart(operation)
         result = operation.run()
         if operation.name == "softmax" and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
             self.found.append(result)

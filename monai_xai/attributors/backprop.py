@@ -29,17 +29,15 @@ class RectifiedGradient(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        scores: list[Tensor] = []
 
-        def attribute(term: Term, inputs: Tensors) -> Tensors:
+        def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
             with watched(term.network, watch := _Rectify(self)):
                 score, gradients = term.gradient(inputs)
             watch.require_rectifiers(type(term.network).__name__)
-            scores.append(score)
-            return gradients
+            return score, gradients
 
-        maps = scoring.accumulate(self.name, attribute, scoring.values)
-        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), scoring.sum_scores(scores))
+        score, maps = scoring.propagate(self.name, attribute, scoring.values)
+        return Attribution(scoring.named(maps), score)
 
     @abstractmethod
     def rectify(self, operation: Operation) -> Tensor:
@@ -75,6 +73,8 @@ class Deconvolution(RectifiedGradient):
 
 
 class _Rectify(Watch):
+    takes_apart = False
+
     def __init__(self, method: RectifiedGradient) -> None:
         super().__init__()
         self.method = method

@@ -25,24 +25,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import (
-    Attribution,
-    BaselineAttributor,
-    average,
-    refuse_repeated_calls,
-)
+from monai_xai.attributors.base import Attribution, BaselineAttributor, average, refuse_repeated_calls
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import (
-    COMPOSITES,
-    Kind,
-    Norm,
-    Operation,
-    Watch,
-    passed,
-    watched,
-)
+from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.operations import DIVISIONS, Kind, Norm, Operation, Watch, passed, pull_back_through, watched
 
 
 @dataclass(frozen=True)
@@ -76,44 +63,26 @@ class DeepLift(BaselineAttributor):
         return average([self._propagate(scoring, baseline) for baseline in self.draws(scoring)])
 
     def _propagate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
-        scores: list[Tensor] = []
         starts: list[Tensor] = []
 
-        def attribute(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
+        def attribute(term: Term, inputs: Tensors, start: Tensors) -> tuple[Tensor, Tensors]:
             score, start_score, multipliers = _multipliers(term, inputs, start)
-            scores.append(score)
             starts.append(start_score)
-            return tuple(m * (x - b) for m, x, b in zip(multipliers, inputs, start, strict=True))
+            return score, tuple(m * (x - b) for m, x, b in zip(multipliers, inputs, start, strict=True))
 
-        maps = scoring.accumulate(self.name, attribute, scoring.values, baseline)
-        return Attribution(
-            dict(zip(scoring.inputs, maps, strict=True)),
-            scoring.sum_scores(scores),
-            scoring.sum_scores(starts),
-        )
+        score, maps = scoring.propagate(self.name, attribute, scoring.values, baseline)
+        return Attribution(scoring.named(maps), score, scoring.sum_scores(starts))
 
 
 def _multipliers(term: Term, inputs: Tensors, baseline: Tensors) -> tuple[Tensor, Tensor, Tensors]:
     """Return the scores of a part at the input and at the baseline, and the multipliers of every input."""
     memory: list[_Moment] = []
     with watched(term.network, _Remember(memory)):
-        start_score = _leaf_score(term, baseline)[0].detach()
+        start_score, _ = term.trace(baseline)
     with watched(term.network, compare := _Compare(memory)):
-        score, leaves = _leaf_score(term, inputs)
+        score, leaves = term.trace(inputs)
     compare.require_end()
-    if not score.requires_grad:
-        raise UnsupportedNetworkError(
-            "The score does not depend on the inputs; there is nothing to attribute."
-        )
-    found = torch.autograd.grad(score.sum(), leaves, allow_unused=True)
-    multipliers = (torch.zeros_like(x) if m is None else m for x, m in zip(inputs, found, strict=True))
-    return score.detach(), start_score, tuple(multipliers)
-
-
-def _leaf_score(term: Term, inputs: Tensors) -> tuple[Tensor, list[Tensor]]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return term.function(*(x.clone() for x in leaves), *term.selection()), leaves
+    return score.detach(), start_score.detach(), pull_back(score, leaves)
 
 
 class _Moment(NamedTuple):
@@ -129,16 +98,13 @@ class _Moment(NamedTuple):
 
 
 class _TwoPoints(Watch):
-    """A pass in which every nonlinear call is handled, after attention and quotients were taken apart."""
+    """A pass in which every nonlinear call is handled, after quotients were taken apart."""
 
     def handle(self, operation: Operation) -> Any:
-        if apart := COMPOSITES.get(operation.name):
-            with self:
-                return apart(operation)
         kind = operation.kind
         if kind in (Kind.ROUTE, Kind.LINEAR, Kind.ADD):
             return operation.run()
-        if kind is Kind.PRODUCT and operation.name in ("div", "divide", "true_divide"):
+        if kind is Kind.PRODUCT and operation.name in DIVISIONS:
             numerator, divisor = operation.dependents
             with self:
                 return numerator * divisor.reciprocal()
@@ -224,10 +190,9 @@ class _Pair(NamedTuple):
 Backward = Callable[[Tensor], Sequence[Tensor]]
 
 
-def _pull_back(function: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf), leaf, cotangent)[0]
+def _pull_back(function: Callable[[Tensor], Tensor], x: Tensor, coming: Tensor) -> Tensor:
+    (found,) = pull_back_through(function, [x], coming)
+    return found
 
 
 def _activation(pair: _Pair) -> Backward:
@@ -262,9 +227,7 @@ def _norm(pair: _Pair) -> Backward:
     squares = sigma.square() + start_sigma.square()
     slope = (sigma + start_sigma) / squares
     middle = (sigma.square() * zero + start_sigma.square() * one) / squares
-    mean = (one + zero) / -(
-        sigma * start_sigma * (sigma + start_sigma)
-    )  # the mean of both, times twice the secant
+    mean = (one + zero) / -(sigma * start_sigma * (sigma + start_sigma))  # of both, times twice the secant
 
     def backward(coming: Tensor) -> list[Tensor]:
         scaled = coming if norm.weight is None else coming * norm.weight
@@ -277,8 +240,7 @@ def _norm(pair: _Pair) -> Backward:
 
 def _softmax(pair: _Pair) -> Backward:
     """By the logarithmic mean of both distributions, for which the changes sum to zero exactly."""
-    arguments, options = pair.operation.arguments, pair.operation.options
-    dim = options["dim"] if "dim" in options else arguments[1]
+    dim = pair.operation.named(("input", "dim"))["dim"]
     logs = [torch.log_softmax(x, dim) for x in (pair.inputs[0], pair.baselines[0])]
     mean = _logarithmic_mean(*logs)
     share = mean / mean.sum(dim, keepdim=True)

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import COMPOSITES, Kind, Operation, Watch, watched
+from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.operations import Kind, Operation, Watch, watched
 
 
 @dataclass(frozen=True)
@@ -33,39 +33,25 @@ class FullGrad(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        scores: list[Tensor] = []
         homeless: list[float] = []
-        images = [i for i, x in enumerate(scoring.values) if x.ndim > 2]
+        image = next((i for i, x in enumerate(scoring.values) if x.ndim > 2), None)
 
-        def attribute(term: Term, inputs: Tensors) -> Tensors:
-            score, maps, rest = _full_gradient(term, inputs, images[0] if images else None)
-            scores.append(score)
+        def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
+            score, maps, rest = _full_gradient(term, inputs, image)
             homeless.append(rest)
-            return maps
+            return score, maps
 
-        maps = scoring.accumulate(self.name, attribute, scoring.values)
-        facts = {"without_place": sum(homeless)}
-        return Attribution(
-            dict(zip(scoring.inputs, maps, strict=True)), scoring.sum_scores(scores), facts=facts
-        )
+        score, maps = scoring.propagate(self.name, attribute, scoring.values)
+        return Attribution(scoring.named(maps), score, facts={"without_place": sum(homeless)})
 
 
 def _full_gradient(term: Term, inputs: Tensors, image: int | None) -> tuple[Tensor, Tensors, float]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        with watched(term.network, watch := _Biases()):
-            score = term.function(*(x.clone() for x in leaves), *term.selection())
-    if not score.requires_grad:
-        raise UnsupportedNetworkError(
-            "The score does not depend on the inputs; there is nothing to attribute."
-        )
-    results = [result for result, _ in watch.found]
-    found = torch.autograd.grad(score.sum(), [*leaves, *results], allow_unused=True)
-    maps = [torch.zeros_like(x) if g is None else x * g for x, g in zip(inputs, found, strict=False)]
+    with watched(term.network, watch := _Biases()):
+        score, leaves = term.trace(inputs)
+    found = pull_back(score, [*leaves, *(result for result, _ in watch.found)])
+    maps = [x * g for x, g in zip(inputs, found, strict=False)]
     rest = 0.0
     for (_, bias), gradient in zip(watch.found, found[len(leaves) :], strict=True):
-        if gradient is None:
-            continue
         part = gradient * bias
         if image is not None and _has_place(part, inputs[image]):
             maps[image] = maps[image] + _spread(part.sum(1, keepdim=True), inputs[image])
@@ -102,9 +88,6 @@ class _Biases(Watch):
         self.found: list[tuple[Tensor, Tensor]] = []
 
     def handle(self, operation: Operation) -> Any:
-        if apart := COMPOSITES.get(operation.name):
-            with self:
-                return apart(operation)
         if operation.kind is Kind.UNKNOWN:
             raise UnsupportedNetworkError(f"FullGrad does not know {operation}. Use IntegratedGradients().")
         result = operation.run()

@@ -22,8 +22,18 @@ from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import ADDITIONS, COMPOSITES, ROUTES, Kind, Operation, Watch, passed, watched
+from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.operations import (
+    ADDITIONS,
+    DIVISIONS,
+    ROUTES,
+    Kind,
+    Operation,
+    Watch,
+    passed,
+    pull_back_through,
+    watched,
+)
 
 _WEIGHTED = frozenset(
     ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
@@ -212,20 +222,19 @@ class LRP(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-        scores: list[Tensor] = []
         absorbed: list[float] = []
 
-        def attribute(term: Term, inputs: Tensors) -> Tensors:
-            score, relevance, kept = _relevance(self, term, inputs)
-            scores.append(score)
-            absorbed.append(kept)
-            return relevance
+        def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
+            with watched(term.network, watch := _HandDown(self)):
+                score, leaves = term.trace(inputs)
+            relevance = pull_back(score, leaves, score.detach())
+            absorbed.append(watch.absorbed)
+            return score.detach(), relevance
 
-        maps = scoring.accumulate(self.name, attribute, scoring.values)
-        score = scoring.sum_scores(scores)
+        score, maps = scoring.propagate(self.name, attribute, scoring.values)
         whole, total = float(score.sum()), sum(float(values.sum()) for values in maps)
         facts = {"conserved": total / whole, "absorbed_by_biases": sum(absorbed) / whole} if whole else {}
-        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), score, facts=facts)
+        return Attribution(scoring.named(maps), score, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -251,40 +260,22 @@ class ExcitationBackprop(Attributor):
         return LRP(ExcitationRule(), ExcitationRule(), last=last).attribute(scoring)
 
 
-def _relevance(method: LRP, term: Term, inputs: Tensors) -> tuple[Tensor, Tensors, float]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        copies = [x.clone() for x in leaves]
-        with watched(term.network, watch := _HandDown(method, copies)):
-            score = term.function(*copies, *term.selection())
-    if not score.requires_grad:
-        raise UnsupportedNetworkError(
-            "The score does not depend on the inputs; there is nothing to attribute."
-        )
-    found = torch.autograd.grad(score, leaves, score.detach(), allow_unused=True)
-    relevance = tuple(torch.zeros_like(x) if r is None else r for x, r in zip(inputs, found, strict=True))
-    return score.detach(), relevance, watch.absorbed
-
-
 class _HandDown(Watch):
     """A pass in which every call gets a backward pass that hands down relevance in place of a gradient."""
 
     routes = ROUTES
 
-    def __init__(self, method: LRP, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, method: LRP) -> None:
         super().__init__()
         self.method = method
         self.is_below = False  # whether relevance has come through a call with weights
         self.absorbed = 0.0  # relevance that convolutions and linear layers kept for their biases
-        self.raw = {id(x): x for x in inputs}
+        self.moved: dict[int, Tensor] = {}  # inputs of the network that were merely moved
         self.folding: dict[int, tuple[Tensor, Operation]] = {}  # calls with weights, by their results
 
     def handle(self, operation: Operation) -> Any:
         if operation.kind is Kind.ROUTE:
             return self._follow(operation)
-        if apart := COMPOSITES.get(operation.name):
-            with self:
-                return apart(operation)
         if operation.name == "batch_norm" and (folded := self._fold(operation)):
             operation = folded
         if operation.name in ADDITIONS and self.method.addition == "ratio":
@@ -299,16 +290,19 @@ class _HandDown(Watch):
     def _follow(self, operation: Operation) -> Any:
         """Move values, and know an input of the network again afterwards."""
         result = operation.run()
-        if any(id(x) in self.raw for x in operation.dependents):
+        if any(self._is_input(x) for x in operation.dependents):
             moved = result if isinstance(result, tuple | list) else (result,)
-            self.raw |= {id(x): x for x in moved if isinstance(x, Tensor)}
+            self.moved |= {id(x): x for x in moved if isinstance(x, Tensor)}
         return result
+
+    def _is_input(self, x: Tensor) -> bool:
+        return x.is_leaf or id(x) in self.moved
 
     def _weighted(self, operation: Operation) -> Tensor:
         (x,) = operation.dependents
         weighted = _Weighted.of(operation)
         rule = self.method.dense if operation.name == "linear" else self.method.convolution
-        if id(x) in self.raw and self.method.first is not None:
+        if self.method.first is not None and self._is_input(x):
             rule = self.method.first
         values = x.detach()
 
@@ -325,7 +319,7 @@ class _HandDown(Watch):
 
     def _fold(self, operation: Operation) -> Operation | None:
         """Return the convolution before a batch norm with the norm in its weights, if there is one."""
-        given = dict(zip(_BATCH_NORM, operation.arguments, strict=False)) | dict(operation.options)
+        given = operation.named(_BATCH_NORM)
         _, before = self.folding.get(id(given["input"]), (None, None))
         if before is None:
             return None
@@ -360,9 +354,7 @@ class _Weighted:
 
     @classmethod
     def of(cls, operation: Operation) -> _Weighted:
-        given = dict(zip(_ARGUMENTS[operation.name], operation.arguments, strict=False)) | dict(
-            operation.options
-        )
+        given = operation.named(_ARGUMENTS[operation.name])
         rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
         return cls(operation, given["weight"], given.get("bias"), rest)
 
@@ -432,12 +424,6 @@ def stabilized(z: Tensor, epsilon: float) -> Tensor:
     return z + torch.where(z >= 0, floor, -floor)
 
 
-def _pull_back(function: Callable[..., Tensor], inputs: Sequence[Tensor], coming: Tensor) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return list(torch.autograd.grad(function(*leaves), leaves, coming))
-
-
 def _as_it_is(operation: Operation) -> Tensor:
     return passed(lambda coming: [coming], operation.run(), operation.dependents)
 
@@ -460,42 +446,32 @@ def _by_ratio(operation: Operation) -> Tensor:
     return passed(backward, operation.run(), operation.dependents)
 
 
-def _in_proportion(operation: Operation) -> Tensor:
-    """A call that is linear in all of its dependents together: each gets its part of the result."""
+def _in_proportion(operation: Operation, share: float = 1.0) -> Tensor:
+    """A call that is linear in its dependents: each gets its part of the result, times a share."""
     values, result = [x.detach() for x in operation.dependents], operation.run()
 
     def backward(coming: Tensor) -> list[Tensor]:
-        found = _pull_back(
-            lambda *xs: operation.on(*xs).run(), values, coming / stabilized(result.detach(), EPSILON)
-        )
+        quotient = coming * share / stabilized(result.detach(), EPSILON)
+        found = pull_back_through(lambda *xs: operation.on(*xs).run(), values, quotient)
         return [x * g for x, g in zip(values, found, strict=True)]
 
     return passed(backward, result, operation.dependents)
 
 
 def _halves(operation: Operation) -> Tensor:
-    """A call that is linear in each of its dependents alone: each gets half of the result."""
+    """A call that is linear in each of two dependents alone: each gets half; of a quotient, the numerator gets all."""
     if len(operation.dependents) != 2:
         raise UnsupportedNetworkError(f"LRP has no rule for {operation}. Use IntegratedGradients().")
-    if operation.name in ("div", "divide", "true_divide"):
+    if operation.name in DIVISIONS:
+        _, divisor = operation.dependents
         return passed(
-            lambda coming: [coming, torch.zeros_like(operation.dependents[1])],
-            operation.run(),
-            operation.dependents,
+            lambda coming: [coming, torch.zeros_like(divisor)], operation.run(), operation.dependents
         )
-    values, result = [x.detach() for x in operation.dependents], operation.run()
-
-    def backward(coming: Tensor) -> list[Tensor]:
-        quotient = coming / stabilized(result.detach(), EPSILON) / 2
-        found = _pull_back(lambda *xs: operation.on(*xs).run(), values, quotient)
-        return [x * g for x, g in zip(values, found, strict=True)]
-
-    return passed(backward, result, operation.dependents)
+    return _in_proportion(operation, 0.5)
 
 
 def _softmax(operation: Operation) -> Tensor:
-    arguments, options = operation.arguments, operation.options
-    dim = options["dim"] if "dim" in options else arguments[1]
+    dim = operation.named(("input", "dim"))["dim"]
     (x,) = operation.dependents
     values = x.detach()
 
@@ -506,7 +482,6 @@ def _softmax(operation: Operation) -> Tensor:
 
 
 _FIXED: dict[Kind, Callable[[Operation], Any]] = {
-    Kind.ROUTE: Operation.run,
     Kind.MAXIMUM: Operation.run,
     Kind.ACTIVATION: _as_it_is,
     Kind.NORM: _as_it_is,
