@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from bundles import SCHEMA, read_config, run_bundle, scripts_of
 from monai_xai import overlays
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "ms_lesion_segmentation"
@@ -36,14 +37,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[ModuleType]:
-    """The Python package of the bundle, which goes by the name that all bundles give theirs."""
-    sys.path.insert(0, str(BUNDLE))
-    import scripts as package
-
-    yield package
-    sys.path.remove(str(BUNDLE))
-    for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
-        del sys.modules[name]
+    with scripts_of(BUNDLE) as package:
+        yield package
 
 
 @pytest.fixture(scope="module")
@@ -313,48 +308,6 @@ def test_a_mask_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 
-TENSOR = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string"},
-        "format": {"type": "string"},
-        "num_channels": {"type": "integer"},
-        "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
-        "dtype": {"type": "string"},
-        "value_range": {"type": "array", "items": {"type": "number"}},
-        "is_patch_data": {"type": "boolean"},
-        "channel_def": {"type": "object"},
-    },
-    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
-}
-TENSORS = {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
-TEXTS = (
-    "schema",
-    "version",
-    "monai_version",
-    "pytorch_version",
-    "numpy_version",
-    "task",
-    "description",
-    "authors",
-    "copyright",
-)
-# What the Model Zoo's meta_schema_20240725.json asks for.
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        **{name: {"type": "string"} for name in (*TEXTS, "data_source", "data_type", "intended_use")},
-        **{name: {"type": "object"} for name in ("changelog", "required_packages_version", "eval_metrics")},
-        "references": {"type": "array", "items": {"type": "string"}},
-        "network_data_format": {
-            "type": "object",
-            "properties": {"inputs": TENSORS, "outputs": TENSORS},
-            "required": ["inputs", "outputs"],
-        },
-    },
-    "required": [*TEXTS, "required_packages_version", "network_data_format"],
-}
-
 
 def test_metadata_passes_verify_metadata(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"  # MONAI downloads it only if it is not there
@@ -408,14 +361,8 @@ def test_workflow_has_all_standard_properties(
     assert workflow.check_properties() == []
 
 
-def _config(*files: Path) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config([str(file) for file in files])
-    return parser
-
-
 def test_training_and_inference_agree() -> None:
-    train, inference = _config(CONFIGS / "train.yaml"), _config(CONFIGS / "inference.yaml")
+    train, inference = read_config(CONFIGS / "train.yaml"), read_config(CONFIGS / "inference.yaml")
     for name in (
         "network_def",
         "channels",
@@ -445,28 +392,7 @@ CHEAP = {
 }
 
 
-def _run(files: list[Path | str], **settings: Any) -> str:
-    """Run configs in the folder of the bundle as a user does, and return what it says."""
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "monai.bundle",
-            "run",
-            "--config_file",
-            str([str(file) for file in files]),
-            *options,
-        ],
-        cwd=BUNDLE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+_run = partial(run_bundle, BUNDLE)
 
 
 def _tags(folder: Path) -> set[str]:
@@ -557,7 +483,7 @@ def _keys(file: Path) -> set[str]:
 def test_shipped_overlay_needs_nothing_that_only_this_bundle_has(overlay: str, base: str) -> None:
     own = {"inference": "explain.yaml", "train": "explain_train.yaml"}[overlay]
     assert _keys(overlays.path(overlay)) == _keys(CONFIGS / own)
-    merged = _config(CONFIGS / base, overlays.path(overlay))
+    merged = read_config(CONFIGS / base, overlays.path(overlay))
     assert str(merged["initialize"][-1]).startswith("$@explain_board.attach")
 
 

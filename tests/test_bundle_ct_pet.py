@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +16,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.data import MetaTensor, decollate_batch
 from monai.transforms import Invertd
 from torch import nn
 
+from bundles import SCHEMA, read_config, run_bundle, scripts_of
 from monai_xai import channel_names
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "ct_pet_classification"
@@ -40,14 +39,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[ModuleType]:
-    """The Python package of the bundle, which goes by the name that all bundles give theirs."""
-    sys.path.insert(0, str(BUNDLE))
-    import scripts as package
-
-    yield package
-    sys.path.remove(str(BUNDLE))
-    for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
-        del sys.modules[name]
+    with scripts_of(BUNDLE) as package:
+        yield package
 
 
 # --- the phantom -------------------------------------------------------------------------------------------------
@@ -449,41 +442,6 @@ def test_network_is_independent_of_the_batch(scripts: ModuleType) -> None:
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 
-TENSOR = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string"},
-        "format": {"type": "string"},
-        "num_channels": {"type": "integer"},
-        "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
-        "dtype": {"type": "string"},
-        "value_range": {"type": "array", "items": {"type": "number"}},
-        "is_patch_data": {"type": "boolean"},
-        "channel_def": {"type": "object"},
-    },
-    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
-}
-TENSORS = {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
-TEXTS = (
-    "schema", "version", "monai_version", "pytorch_version", "numpy_version",
-    "task", "description", "authors", "copyright",
-)  # fmt: skip
-# What the Model Zoo's meta_schema_20240725.json asks for.
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        **{name: {"type": "string"} for name in (*TEXTS, "data_source", "data_type", "intended_use")},
-        **{name: {"type": "object"} for name in ("changelog", "required_packages_version", "eval_metrics")},
-        "references": {"type": "array", "items": {"type": "string"}},
-        "network_data_format": {
-            "type": "object",
-            "properties": {"inputs": TENSORS, "outputs": TENSORS},
-            "required": ["inputs", "outputs"],
-        },
-    },
-    "required": [*TEXTS, "required_packages_version", "network_data_format"],
-}
-
 
 def test_metadata_passes_verify_metadata(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"  # MONAI downloads it only if it is not there
@@ -542,14 +500,8 @@ def test_workflow_has_all_standard_properties(
     assert workflow.check_properties() == []
 
 
-def _config(file: Path) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config(str(file))
-    return parser
-
-
 def test_training_and_inference_agree() -> None:
-    train, inference = _config(CONFIGS / "train.yaml"), _config(CONFIGS / "inference.yaml")
+    train, inference = read_config(CONFIGS / "train.yaml"), read_config(CONFIGS / "inference.yaml")
     for name in (
         "network_def", "channels", "prepare_batch", "phantom", "phantom_dir", "plant", "needs_both", "dataset_dir",
         "image_pixdim", "pet_pixdim", "image_size", "pet_size", "image_window", "seed", "ckpt_dir", "output_dir",
@@ -633,20 +585,7 @@ def test_map_of_each_scan_goes_back_to_its_own_grid(
 EXPLAIN = ["configs/inference.yaml", "configs/explain.yaml"]
 
 
-def _run(files: list[str], **settings: Any) -> str:
-    """Run configs in the folder of the bundle as a user does, and return what it says."""
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *options],
-        cwd=BUNDLE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+_run = partial(run_bundle, BUNDLE)
 
 
 def _tags(folder: Path, kind: str) -> set[str]:

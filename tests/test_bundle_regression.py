@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +20,7 @@ from monai.data import MetaTensor, decollate_batch
 from monai.transforms import Invertd
 from torch import nn
 
+from bundles import SCHEMA, run_bundle, scripts_of
 from monai_xai import channel_names
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "multisequence_regression"
@@ -37,14 +36,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[ModuleType]:
-    """The Python package of the bundle, which goes by the name that all bundles give theirs."""
-    sys.path.insert(0, str(BUNDLE))
-    import scripts as package
-
-    yield package
-    sys.path.remove(str(BUNDLE))
-    for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
-        del sys.modules[name]
+    with scripts_of(BUNDLE) as package:
+        yield package
 
 
 # --- the phantom -------------------------------------------------------------------------------------------------
@@ -411,43 +404,6 @@ def test_network_speaks_in_the_unit_of_the_biomarker(scripts: ModuleType) -> Non
 
 # --- the bundle ---------------------------------------------------------------------------------------------------
 
-TEXT, OBJECT = {"type": "string"}, {"type": "object"}
-TENSORS = {
-    "type": "object",
-    "minProperties": 1,
-    "additionalProperties": {
-        "type": "object",
-        "properties": {
-            **dict.fromkeys(("type", "format", "dtype"), TEXT),
-            "num_channels": {"type": "integer"},
-            "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
-            "value_range": {"type": "array", "items": {"type": "number"}},
-            "is_patch_data": {"type": "boolean"},
-            "channel_def": OBJECT,
-        },
-        "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
-    },
-}
-TEXTS = (
-    "schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description", "authors",
-    "copyright",
-)  # fmt: skip
-# What the Model Zoo's meta_schema_20240725.json asks for.
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        **dict.fromkeys((*TEXTS, "data_source", "data_type", "intended_use"), TEXT),
-        **dict.fromkeys(("changelog", "required_packages_version", "eval_metrics"), OBJECT),
-        "references": {"type": "array", "items": TEXT},
-        "network_data_format": {
-            "type": "object",
-            "properties": {"inputs": TENSORS, "outputs": TENSORS},
-            "required": ["inputs", "outputs"],
-        },
-    },
-    "required": [*TEXTS, "required_packages_version", "network_data_format"],
-}
-
 
 def test_metadata_passes_verify_metadata(tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"  # MONAI downloads it only if it is not there
@@ -577,14 +533,7 @@ def test_batch_is_called_as_promised_and_goes_back_to_the_scan(
 # --- end to end, through MONAI's own command line -------------------------------------------------------------------
 
 
-def _run(files: list[str], **settings: Any) -> str:
-    """Run configs in the folder of the bundle as a user does, and return what it says."""
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=BUNDLE, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+_run = partial(run_bundle, BUNDLE)
 
 
 def test_inference_refuses_weights_of_another_biomarker(scripts: ModuleType, untrained: Path) -> None:
