@@ -19,10 +19,11 @@ from torch import Tensor
 
 from monai_xai.errors import InputError
 from monai_xai.regions import Needs, Region
+from monai_xai.spelling import Spelled
 
 
 @dataclass(frozen=True)
-class Baseline(ABC):
+class Baseline(Spelled, ABC):
     """What an input is held against. ``stochastic`` baselines have a ``seed``."""
 
     stochastic: ClassVar[bool] = False
@@ -44,6 +45,9 @@ class Constant(Baseline):
     """
 
     value: float | Tensor = 0.0
+
+    def __str__(self) -> str:
+        return repr(self)
 
     def __repr__(self) -> str:
         value = f"tensor of shape {tuple(self.value.shape)}" if isinstance(self.value, Tensor) else self.value

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from monai_xai.errors import InputError
+from monai_xai.spelling import Spelled
 
 
 @dataclass(frozen=True)
-class Features(ABC):
+class Features(Spelled, ABC):
     """A partition of each input into features, given by an integer mask."""
 
     @abstractmethod

@@ -15,6 +15,7 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from monai_xai.errors import EmptyRegionError, InputError
+from monai_xai.spelling import Spelled
 
 
 class Needs(IntEnum):
@@ -31,7 +32,7 @@ class Needs(IntEnum):
 
 
 @dataclass(frozen=True)
-class Region(ABC):
+class Region(Spelled, ABC):
     """The voxels of interest, chosen once from the clean prediction and frozen from then on.
 
     ``needs`` tells how much of the prediction :meth:`mask` looks at.

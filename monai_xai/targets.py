@@ -16,10 +16,11 @@ from torch import Tensor
 
 from monai_xai.errors import EmptyRegionError, InputError
 from monai_xai.regions import Mask, Needs, Predicted, Region
+from monai_xai.spelling import Spelled
 
 
 @dataclass(frozen=True)
-class Target(ABC):
+class Target(Spelled, ABC):
     """What is explained: one score per sample.
 
     Args:

@@ -136,7 +136,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             with self._guard(f"the cohort of {explainer}, epoch {epoch}"):
                 for name, value in scalars_of_cohort(cohort):
                     self._writer.add_scalar(f"cohort/{_clean(explainer)}/{name}", value, epoch)
-                for name, figure in figures_of_cohort(cohort, f"{explainer} · epoch {epoch}"):
+                for name, figure in figures_of_cohort(cohort, f"{explainer}{_epoch(epoch)}"):
                     self._add_picture(f"{_clean(explainer)}/cohort/{name}", figure, epoch)
                 self._writer.flush()
 
@@ -453,7 +453,12 @@ def _unit(explanation: Explanation, of: str = "") -> str:
 
 
 def _title(explained: ExplainedCase, explainer: str, what: str) -> str:
-    return f"{explained.name} · {what} · {explainer} · epoch {explained.epoch}"
+    return f"{explained.name} · {what} · {explainer}{_epoch(explained.epoch)}"
+
+
+def _epoch(number: int) -> str:
+    """Name an epoch, but for the first: an evaluation without training has one as well."""
+    return f" · epoch {number}" if number > 1 else ""
 
 
 def affine_of(image: Tensor) -> NDArray[np.float64] | None:

@@ -18,6 +18,7 @@ FLOORS = {
     "baselines": 0,
     "features": 0,
     "tables": 0,
+    "spelling": 0,
     "explanation": 0,
     "calls": 1,
     "forward": 1,
@@ -41,10 +42,10 @@ FLOORS = {
 }
 # The few arrows between neighbors on one floor.
 NEIGHBORS = {
-    "regions": {"errors"},
-    "targets": {"errors", "regions"},
-    "baselines": {"errors", "regions"},
-    "features": {"errors"},
+    "regions": {"errors", "spelling"},
+    "targets": {"errors", "regions", "spelling"},
+    "baselines": {"errors", "regions", "spelling"},
+    "features": {"errors", "spelling"},
     "explanation": {"errors"},
     "tables": {"errors", "baselines", "features"},
     "calls": {"networks"},

@@ -12,6 +12,7 @@ from torch import Tensor
 from monai_xai.baselines import Baseline, BaselineLike, as_baseline
 from monai_xai.errors import UnsupportedInfererError
 from monai_xai.forward import Scoring, Tensors
+from monai_xai.spelling import Spelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Attribution:
 
 
 @dataclass(frozen=True)
-class Attributor(ABC):
+class Attributor(Spelled, ABC):
     """A method that attributes a score to the inputs.
 
     Facts, declared on the class, from which the method table is generated:
