@@ -19,6 +19,7 @@ from monai_xai.errors import InputError
 from monai_xai.modalities import ModalityExplanation
 
 _MOST_ENUMERATED = 12
+_NORMAL = 1.96  # standard errors in half of a 95 % interval
 
 
 class CohortRow(NamedTuple):
@@ -29,7 +30,8 @@ class CohortRow(NamedTuple):
         modality: name of the modality.
         n: number of cases.
         mean: mean signed value, in units of the score.
-        low: lower end of its 95 % interval (bias-corrected and accelerated bootstrap over cases); NaN below 5 cases.
+        low: lower end of its 95 % interval: a bias-corrected and accelerated bootstrap over cases, widened by the
+            error of drawn baselines, which all cases share; NaN below 5 cases.
         high: upper end.
         p: sign-flip permutation test of a mean of 0, Holm-corrected over the modalities of the baseline.
         along: mean value in the direction in which the score of each case moves; signed means cancel in a cohort of
@@ -97,6 +99,10 @@ class ModalityCohort:
         """Return signed values, shape (cases, M)."""
         return np.array([e.values[baseline][0].tolist() for e in self.cases.values()])
 
+    def errors(self, baseline: str) -> NDArray[np.float64]:
+        """Return standard errors of the values from what was drawn, shape (cases, M)."""
+        return np.array([e.standard_errors[baseline][0].tolist() for e in self.cases.values()])
+
     def shares(self, baseline: str) -> NDArray[np.float64]:
         """Return shares, shape (cases, M), NaN where the score of a case does not change."""
         return np.array([e.shares(baseline)[0].tolist() for e in self.cases.values()])
@@ -125,16 +131,18 @@ class ModalityCohort:
         for baseline in self.baselines:
             values, shares, along = self.values(baseline), self.shares(baseline), self.along(baseline)
             known = shares[np.isfinite(shares).all(1)]
+            errors = self.errors(baseline).mean(0)  # all cases draw alike, so that it does not average out
             tests = holm([sign_flip_test(column, self.seed) for column in values.T])
             for m, modality in enumerate(self.modalities):
-                low, high = interval(values[:, m], self.seed)
+                low, high = interval(values[:, m], self.seed, errors[m])
                 share = float(known[:, m].mean()) if len(known) else float("nan")
                 share_high = interval(known[:, m], self.seed)[1] if len(known) else float("nan")
                 collapsed = bool(share_high < self.collapse_below)
                 found.append(
                     CohortRow(
                         baseline, modality, len(values), float(values[:, m].mean()), low, high, tests[m],
-                        float(along[:, m].mean()), *interval(along[:, m], self.seed), share, share_high, collapsed,
+                        float(along[:, m].mean()), *interval(along[:, m], self.seed, errors[m]),
+                        share, share_high, collapsed,
                     )
                 )  # fmt: skip
         return found
@@ -170,19 +178,25 @@ class ModalityCohort:
         return table, document
 
 
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+def interval(values: NDArray[np.float64], seed: int = 0, error: float = 0.0) -> tuple[float, float]:
     """Return the 95 % bias-corrected and accelerated bootstrap interval of a mean; NaN below 5 values.
+
+    Args:
+        values: one for each case.
+        seed: seed of the bootstrap.
+        error: standard error that all values share, by which the interval is widened (in quadrature).
 
     Reference: Efron, "Better Bootstrap Confidence Intervals", JASA 1987.
     """
     if len(values) < 5:
         return float("nan"), float("nan")
     if np.ptp(values) < 1e-12 * max(float(np.abs(values).max()), 1e-300):
-        return float(values[0]), float(values[0])
+        return float(values[0]) - _NORMAL * error, float(values[0]) + _NORMAL * error
     found = bootstrap(
         (values,), np.mean, n_resamples=2000, method="BCa", random_state=np.random.default_rng(seed)
     ).confidence_interval
-    return float(found.low), float(found.high)
+    mean, shared = float(values.mean()), _NORMAL * error
+    return mean - float(np.hypot(mean - found.low, shared)), mean + float(np.hypot(found.high - mean, shared))
 
 
 def sign_flip_test(values: NDArray[np.float64], seed: int = 0, n_permutations: int = 9999) -> float:

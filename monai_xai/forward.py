@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.calls import EmbeddedInput, called_by_position
 from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
+from monai_xai.networks import evaluate, refuse_quantized
 from monai_xai.targets import Target
 
 Tensors = tuple[Tensor, ...]
@@ -112,6 +114,7 @@ class Term(ABC):
         Raises:
             UnsupportedNetworkError: if the score does not depend on the inputs.
         """
+        refuse_quantized(self.network)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores: Tensor = self.function(*(x.clone() for x in leaves), *self.selection())
@@ -141,6 +144,18 @@ def pull_back(
     cotangent = torch.ones_like(outputs) if cotangent is None else cotangent
     found = torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
     return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
+
+
+def graph_nodes(output: Tensor) -> Iterator[Node]:
+    """Iterate over the nodes of the graph that leads to an output."""
+    seen: set[Node] = set()
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(earlier for earlier, _ in node.next_functions)
 
 
 class InfererNetwork(nn.Module):
@@ -357,11 +372,11 @@ def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
 def undisturbed(network: nn.Module) -> Iterator[None]:
     """Explain inside this block, and find network and generators afterwards as they were before, bit for bit.
 
-    Inside, the network is in evaluation mode, its parameters are constants, autograd is on, and autocast and
-    inference mode are off. Afterwards every submodule has its own train or eval flag, hooks, attributes and buffers
-    again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also after
-    an exception. ``.grad`` is never touched. A network that writes in its forward pass to its parameters, or into
-    containers within containers, is beyond it.
+    Inside, the network is in evaluation mode, its parameters are constants, autograd is on, autocast and inference mode
+    are off, and compiled parts run as they were written. Afterwards every submodule has its own train or eval flag,
+    hooks, attributes and buffers again, parameters their ``requires_grad``, and the generators of torch, NumPy and
+    Python their state; also after an exception. ``.grad`` is never touched. A network that writes in its forward pass
+    to its parameters, or into containers within containers, is beyond it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
@@ -370,7 +385,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         for parameter in network.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
-        network.eval()
+        evaluate(network)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in {"cpu", *(p.device.type for p in network.parameters())}:

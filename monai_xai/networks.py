@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 
 import torch
@@ -34,8 +35,9 @@ def require_module(network: object) -> nn.Module:
         UnsupportedNetworkError: if it is no ``nn.Module`` or its weights were made under ``torch.inference_mode``.
     """
     if not isinstance(network, nn.Module):
+        cure = "Take its .module()" if hasattr(network, "graph_module") else "Wrap a function in a module"
         raise UnsupportedNetworkError(
-            f"The network must be a torch.nn.Module, got {type(network).__name__}. Wrap a function in a module."
+            f"The network must be a torch.nn.Module, got {type(network).__name__}. {cure}."
         )
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if tensor.is_inference():
@@ -53,11 +55,54 @@ def require_module(network: object) -> nn.Module:
     return unwrap(network)
 
 
+def evaluate(network: nn.Module) -> None:
+    """Put a network into evaluation mode, and leave exported programs, which have none, as they are."""
+    try:
+        network.eval()
+    except NotImplementedError:
+        for module in network.modules():
+            module.training = False
+
+
+def refuse_scripts(network: nn.Module, reason: str) -> None:
+    """Refuse a network with parts in TorchScript.
+
+    Raises:
+        UnsupportedNetworkError: naming the first of them.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            place = f"The submodule {name!r}" if name else "The network"
+            raise UnsupportedNetworkError(
+                f"{place} is in TorchScript (torch.jit.script or trace), {reason}. Build it in Python and load its "
+                "state_dict(), or use IntegratedGradients()."
+            )
+
+
+def refuse_quantized(network: nn.Module) -> None:
+    """Refuse a network that is no function of real numbers.
+
+    Raises:
+        UnsupportedNetworkError: naming its quantized modules.
+    """
+    found = [
+        repr(name or type(module).__name__)
+        for name, module in network.named_modules()
+        if re.match(r"torch\.ao\.nn\..*quantized\.", type(module).__module__) and "_packed" not in name
+    ]
+    if found:
+        raise UnsupportedNetworkError(
+            f"The modules {', '.join(found)} are quantized and pass no gradient back. Explain the network before "
+            "quantization, or use a perturbation method such as FeatureAblation or Occlusion."
+        )
+
+
 def find_layer(network: nn.Module, name: str) -> nn.Module:
     """Return the submodule of that dotted name.
 
     Raises:
         InputError: with the most similar names there are.
+        UnsupportedNetworkError: if it is in TorchScript, which keeps no hooks.
     """
     modules = dict(network.named_modules())
     if name not in modules:
@@ -65,6 +110,8 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
         raise InputError(
             f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}."
         )
+    if isinstance(modules[name], torch.jit.ScriptModule):
+        refuse_scripts(network, "so that nothing is seen of its layers")
     return modules[name]
 
 
@@ -86,7 +133,7 @@ def list_layers(network: nn.Module, call: Callable[[], object]) -> list[tuple[st
         return record
 
     for name, module in network.named_modules():
-        if name:
+        if name and not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with torch.no_grad():
@@ -95,6 +142,19 @@ def list_layers(network: nn.Module, call: Callable[[], object]) -> list[tuple[st
         for handle in handles:
             handle.remove()
     return list(found.values())
+
+
+def with_grid(network: nn.Module, call: Callable[[], object], ndim: int | None = None) -> str:
+    """Return a sentence that names the last layers with a spatial output, for messages.
+
+    Args:
+        network: whose layers are named.
+        call: calls the network once.
+        ndim: how many axes the output must have; None takes any with a grid.
+    """
+    shapes = [(name, shape) for name, _, shape in list_layers(network, call)]
+    found = [name for name, shape in shapes if (len(shape) == ndim if ndim else len(shape) > 3)]
+    return f"Layers with a grid: {', '.join(map(repr, found[-8:])) or 'none'}."
 
 
 def choose_layer(network: nn.Module, call: Callable[[], object]) -> str:
@@ -130,8 +190,10 @@ def choose_layer(network: nn.Module, call: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     if not sizes:
+        refuse_scripts(network, "so that nothing is seen of its layers")
         raise UnsupportedNetworkError(
-            f"{type(network).__name__} has no convolution with a spatial output: name the layer, layer='...'."
+            f"{type(network).__name__} has no convolution with a spatial output: name the layer, layer='...'. "
+            f"{with_grid(network, call)}"
         )
     coarsest = min(sizes.values())
     return [name for name, size in sizes.items() if size == coarsest][-1]

@@ -17,12 +17,18 @@ from enum import Enum
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from monai.networks.blocks.activation import Mish, Swish
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_xai.errors import UnsupportedNetworkError
+from monai_xai.forward import Term, graph_nodes
+from monai_xai.networks import refuse_scripts
 
 
 class Kind(Enum):
@@ -41,15 +47,15 @@ class Kind(Enum):
 
 # fmt: off
 ROUTES = frozenset((
-    "alpha_dropout", "as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "cat",
+    "alpha_dropout", "as_tensor", "atleast_1d", "atleast_2d", "atleast_3d", "bfloat16", "broadcast_to", "cat",
     "channel_shuffle", "chunk", "clone", "concat", "concatenate", "contiguous", "cpu", "cuda", "diagonal", "double",
     "dropout", "dropout1d", "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "feature_dropout", "flatten",
-    "flip", "float", "gather", "get", "getitem", "hsplit", "hstack", "index_select", "masked_fill", "masked_select",
-    "meshgrid", "moveaxis", "movedim", "narrow", "native_channel_shuffle", "pad", "permute", "pixel_shuffle",
-    "pixel_unshuffle", "positive", "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "rot90",
-    "select", "setitem", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "take",
-    "tensor", "tensor_split", "tile", "to", "transpose", "tril", "triu", "type", "type_as", "unbind", "unflatten",
-    "unfold", "unsqueeze", "view", "view_as", "vsplit", "vstack", "where",
+    "flip", "float", "gather", "get", "getitem", "half", "hsplit", "hstack", "index_select", "iter", "masked_fill",
+    "masked_select", "meshgrid", "moveaxis", "movedim", "narrow", "native_channel_shuffle", "pad", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "positive", "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as",
+    "roll", "rot90", "select", "setitem", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t",
+    "take", "tensor", "tensor_split", "tile", "to", "transpose", "tril", "triu", "type", "type_as", "unbind",
+    "unflatten", "unfold", "unsqueeze", "view", "view_as", "vsplit", "vstack", "where",
 ))
 _LINEAR = frozenset((
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -156,7 +162,14 @@ class Operation:
             return Kind.LINEAR
         if self.name == "where" and _depends(self.arguments[0]):
             return Kind.UNKNOWN
+        if self.name in ("grid_sample", "batch_norm") and not self._is_linear_in_input():
+            return Kind.UNKNOWN
         return kind
+
+    def _is_linear_in_input(self) -> bool:
+        given = self.named(("input", "running_mean", "running_var", "weight", "bias", "training"))
+        by_batch = self.name == "batch_norm" and given.get("training", False)
+        return _depends(given["input"]) and not by_batch
 
     def named(self, names: Sequence[str]) -> dict[str, Any]:
         """Return the arguments by their names in the function's signature."""
@@ -180,7 +193,8 @@ class Watch(TorchFunctionMode):
     """While entered, every call whose arguments depend on the input goes through :meth:`handle`.
 
     Only what requires a gradient depends on the input: parameters have to be frozen. Calls in place come as calls out
-    of place, and what they return is written back.
+    of place, and what they return is written back. What a call gives without a gradient (a mask, an index, anything
+    under ``torch.no_grad``) goes through :meth:`lose` and is a constant from there on.
     """
 
     routes: ClassVar[frozenset[str]] = frozenset()
@@ -192,36 +206,45 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.places: list[str] = []
 
+    @property
+    def place(self) -> str:
+        """Dotted name of the module that is running."""
+        return self.places[-1] if self.places else ""
+
     @abstractmethod
     def handle(self, operation: Operation) -> Any:
         """Return the result of an operation."""
 
+    def lose(self, operation: Operation, result: Any) -> Any:
+        """Return a result that tells of the input, but through which nothing is passed back."""
+        return result
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C._DisableTorchDispatch():  # what is seen here, _Unseen need not look at
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         spelled = getattr(func, "__name__", "")
         if spelled in _QUERIES or not any(x.requires_grad for x in _tensors((args, kwargs))):
             return func(*args, **kwargs)
-        name = spelled.strip("_")
-        name = _KEEPS_MEANING.get(name, name)
-        place = self.places[-1] if self.places else ""
-        if name in _WITHOUT_GRADIENT or (name in ROUTES and name not in self.routes):
-            return func(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            raise UnsupportedNetworkError(
-                f"{name} in {place!r} is called without a gradient (gradient checkpointing, torch.no_grad?), so that "
-                "no rule reaches it. Build the network with use_checkpoint=False, or use IntegratedGradients()."
-            )
+        name = _name_of(func, spelled)
+        operation = Operation(name, func, args, kwargs, self.place)
+        if name in _WITHOUT_GRADIENT or not torch.is_grad_enabled():
+            return self.lose(operation, _map(operation.run(), Tensor.detach))
+        if name in ROUTES and name not in self.routes:
+            result = operation.run()
+            return result if _depends(result) else self.lose(operation, result)
         if kwargs.get("out") is not None:
             raise UnsupportedNetworkError(
-                f"{name}(out=...) in {place!r} cannot be explained: return the result."
+                f"{name}(out=...) in {self.place!r} cannot be explained: return the result."
             )
         written = _written_in_place(spelled, args, kwargs)
         if written is None:
-            return self._see(Operation(name, func, args, kwargs, place))
+            return self._see(operation)
         function = _out_of_place(func, spelled, name)
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         copies = _map(args, lambda x: x.clone())
-        return written.copy_(self._see(Operation(name, function, copies, kwargs, place)))
+        return written.copy_(self._see(Operation(name, function, copies, kwargs, self.place)))
 
     def _see(self, operation: Operation) -> Any:
         apart = _IN_STEPS.get(operation.name) if self.takes_apart else None
@@ -233,15 +256,37 @@ class Watch(TorchFunctionMode):
 
 # fmt: off
 _QUERIES = frozenset((
-    "__get__", "size", "dim", "__len__", "numel", "is_contiguous", "stride", "ndimension", "__set__",
+    "__format__", "__hash__", "__len__", "__repr__", "__set__", "dim", "element_size", "empty_like", "full_like",
+    "get_device", "is_complex", "is_contiguous", "is_floating_point", "is_same_size", "ndimension", "new_empty",
+    "new_full", "new_ones", "new_zeros", "numel", "ones_like", "requires_grad_", "size", "stride", "zeros_like",
 ))
-_WITHOUT_GRADIENT = frozenset((
-    "all", "any", "argmax", "argmin", "argsort", "detach", "element_size", "empty_like", "eq", "equal", "floor",
-    "full_like", "ge", "get_device", "gt", "is_complex", "is_floating_point", "is_same_size", "isfinite", "isinf",
-    "isnan", "item", "le", "lt", "ne", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",
-    "ones_like", "rand_like", "randn_like", "requires_grad_", "round", "sign", "tolist", "zeros_like",
+COMPARISONS = frozenset((
+    "ge", "greater", "greater_equal", "gt", "le", "less", "less_equal", "lt", "sign", "signbit",
+))
+_WITHOUT_GRADIENT = COMPARISONS | frozenset((
+    "all", "any", "argmax", "argmin", "argsort", "bool", "byte", "ceil", "detach", "eq", "equal", "floor",
+    "int", "isfinite", "isinf", "isnan", "item", "long", "ne", "new_tensor", "nonzero",
+    "not_equal", "numpy", "rand_like", "randn_like", "round", "short", "tolist", "trunc",
 ))
 # fmt: on
+
+
+def _name_of(func: Callable[..., Any], spelled: str) -> str:
+    """Return the name of a function in the tables.
+
+    Raises:
+        UnsupportedNetworkError: if it is called past the interface of torch, so that its arguments are others.
+    """
+    if isinstance(func, OpOverload | OpOverloadPacket):
+        raise UnsupportedNetworkError(
+            f"The network calls {func} directly, as exported programs (torch.export) and extensions in C++ do, where "
+            "no rule reaches it. Explain the network that was exported, or use IntegratedGradients()."
+        )
+    name = spelled.strip("_")
+    return f"torch.{name}" if func in _OTHERWISE_ORDERED else _KEEPS_MEANING.get(name, name)
+
+
+_OTHERWISE_ORDERED = (torch.batch_norm, torch.instance_norm)  # than their namesakes in torch.nn.functional
 
 
 def _written_in_place(spelled: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor | None:
@@ -261,6 +306,73 @@ def _out_of_place(func: Callable[..., Any], spelled: str, name: str) -> Callable
         if found := getattr(owner, name, None):
             return found
     raise UnsupportedNetworkError(f"{spelled} has no form that does not work in place.")
+
+
+def trace(term: Term, inputs: Sequence[Tensor], watch: Watch) -> tuple[Tensor, list[Tensor]]:
+    """Return what :meth:`Term.trace` does, of a pass in which a watch has seen every call.
+
+    Raises:
+        UnsupportedNetworkError: naming the part of the network that no watch sees.
+    """
+    refuse_scripts(term.network, "which hides the calls that this method changes")
+    unseen = _Unseen(watch)
+    try:
+        with (
+            watched(term.network, watch),
+            unseen,
+            torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINTED),
+        ):
+            score, leaves = term.trace(inputs)
+    except RuntimeError as error:
+        if str(error) != _CHECKPOINTED:
+            raise
+        raise UnsupportedNetworkError(_CHECKPOINTED) from error
+    for node in graph_nodes(score):
+        _refuse_function(node)
+    unseen.require_none()
+    return score, leaves
+
+
+_CHECKPOINTED = (
+    "The network computes parts again in the backward pass (gradient checkpointing, saved_tensors_hooks), where no "
+    "rule reaches them. Build it with use_checkpoint=False, or use IntegratedGradients()."
+)
+
+
+class _Unseen(TorchDispatchMode):
+    """Notes what is computed from tensors that depend on the input outside of all calls that a watch sees."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _depends((args, kwargs)):
+            place = f" in {self.watch.place!r}" if self.watch.place else ""
+            self.found.append(f"{func}{place}")
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs)
+
+    def require_none(self) -> None:
+        """Refuse a network that computes unseen."""
+        if self.found:
+            raise UnsupportedNetworkError(
+                f"{self.found[0]} is hidden from the method (a function of TorchScript, an extension in C++?). Write "
+                "it with functions of torch, or use IntegratedGradients()."
+            )
+
+
+def _refuse_function(node: Node) -> None:
+    function = getattr(node, "_forward_cls", None)
+    if function is torch.utils.checkpoint.CheckpointFunction:
+        raise UnsupportedNetworkError(_CHECKPOINTED)
+    if function not in (None, _Passed):
+        raise UnsupportedNetworkError(
+            f"The network calls {function.__name__}, a torch.autograd.Function with a backward pass of its own, which "
+            "no rule reaches. Write it with functions of torch, or use IntegratedGradients()."
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from monai_xai.calls import CalledNetwork, CallForm, find_embeddings
-from monai_xai.errors import InputError
+from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import is_place
 from monai_xai.forward import (
     InfererNetwork,
@@ -206,7 +206,7 @@ def open_task(
     """
     network = require_module(network)
     given = name_inputs(inputs)
-    with undisturbed(network):
+    with undisturbed(network), _named_dtypes(network, given):
         tensors = {name: _plain(x) for name, x in given.items()}
         with guard("the look at embeddings", tuple(tensors.values())):
             called = CalledNetwork(network, tuple(given), question.call)
@@ -215,6 +215,24 @@ def open_task(
         called = CalledNetwork(network, tuple(given), question.call, embedded)
         predicted = _plain(prediction) if isinstance(prediction, Tensor) else prediction
         yield Task(question, called, tensors, given, _plain_label(label), predicted)
+
+
+@contextmanager
+def _named_dtypes(network: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add to an error that the inputs are of another type than the weights, if they are."""
+    try:
+        yield
+    except AttributionError as error:
+        weights = {x.dtype for x in network.parameters() if x.is_floating_point()}
+        others = {
+            name: x.dtype for name, x in inputs.items() if x.is_floating_point() and x.dtype not in weights
+        }
+        if not weights or not others:
+            raise
+        raise AttributionError(
+            f"{error} The weights are {', '.join(sorted(map(str, weights)))}, the inputs {others}: explain "
+            "network.float() at inputs.float(), or convert the one to the type of the other."
+        ) from error.__cause__
 
 
 def name_inputs(inputs: Inputs) -> dict[str, Tensor]:

@@ -342,6 +342,7 @@ def test_network_maps_what_the_metadata_promises(scripts: ModuleType, phantoms: 
         ("train", ["train.yaml", "evaluate.yaml", "explain_train.yaml"]),
         ("infer", ["inference.yaml"]),
         ("infer", ["inference.yaml", "explain.yaml"]),
+        ("infer", ["inference.yaml", "explain.yaml", "modalities.yaml"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else value,
 )
@@ -448,6 +449,20 @@ def test_inference_saves_maps_in_the_space_of_the_scan(
     assert np.abs(maps.get_fdata()).max() > 0
 
 
+def test_sequences_are_players_of_a_game_over_the_active_windows(
+    trained: tuple[dict[str, Any], Path],
+) -> None:
+    settings, output = trained
+    _run(["configs/inference.yaml", "configs/modalities.yaml"], **settings)
+    found = json.loads((output / "modalities" / "modalities.json").read_text())["cases"]
+    for baseline in ("blur", "minimum"):
+        rows = [row for row in found if row["baseline"] == baseline]
+        assert {row["modality"] for row in rows} == set(SEQUENCES)
+        change = rows[0]["score"] - rows[0]["baseline_score"]
+        assert sum(row["value"] for row in rows) == pytest.approx(change, rel=1e-3, abs=1e-5)
+    assert any(tag.endswith("/waterfall") for tag in _tags(output / "attribution")), _tags(output)
+
+
 def test_evaluation_reports_every_case(trained: tuple[dict[str, Any], Path]) -> None:
     settings, output = trained
     said = _run(["configs/train.yaml", "configs/evaluate.yaml"], **settings)
@@ -478,13 +493,13 @@ def _keys(file: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("overlay", "base"),
-    [("inference", "inference.yaml"), ("train", "train.yaml")],
+    [("inference", "inference.yaml"), ("train", "train.yaml"), ("modalities", "inference.yaml")],
 )
 def test_shipped_overlay_needs_nothing_that_only_this_bundle_has(overlay: str, base: str) -> None:
-    own = {"inference": "explain.yaml", "train": "explain_train.yaml"}[overlay]
+    own = {"inference": "explain.yaml", "train": "explain_train.yaml"}.get(overlay, f"{overlay}.yaml")
     assert _keys(overlays.path(overlay)) == _keys(CONFIGS / own)
     merged = read_config(CONFIGS / base, overlays.path(overlay))
-    assert str(merged["initialize"][-1]).startswith("$@explain_board.attach")
+    assert "_board.attach" in str(merged["initialize"][-1])
 
 
 @pytest.mark.real_data

@@ -69,6 +69,18 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert 86 <= hits <= 100
 
 
+def test_error_that_all_cases_share_widens_the_interval():
+    covered = {0.0: 0, 1.0: 0}
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        values = generator.normal() + 0.1 * generator.normal(size=20)
+        for error in covered:
+            low, high = interval(values, seed, error)
+            covered[error] += low < 0 < high
+    assert covered[0.0] < 15
+    assert 52 <= covered[1.0] <= 60
+
+
 def test_few_or_equal_values_have_no_or_a_point_interval():
     assert np.isnan(interval(np.array([1.0, 2.0]))).all()
     assert interval(np.full(9, 3.0)) == (3.0, 3.0)

@@ -56,7 +56,9 @@ def test_an_overlay_is_a_file(name):
 
 
 def test_an_overlay_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(InputError, match="no overlay 'inferrence'; there are flat, inference, train"):
+    with pytest.raises(
+        InputError, match="no overlay 'inferrence'; there are flat, inference, modalities, train"
+    ):
         overlay("inferrence")
 
 

@@ -24,6 +24,7 @@ from monai_xai.attributors.coalitions import (
     ShapleyValueSampling,
 )
 from monai_xai.attributors.deeplift import DeepLift
+from monai_xai.attributors.extremal import ExtremalPerturbation
 from monai_xai.attributors.fullgrad import FullGrad
 from monai_xai.attributors.gradients import GradientShap, InputXGradient, NoiseTunnel, Saliency
 from monai_xai.attributors.integrated import IntegratedGradients
@@ -40,6 +41,7 @@ from monai_xai.attributors.lrp import (
     PropagationRule,
     ZPlusRule,
 )
+from monai_xai.attributors.paths import BlurIntegratedGradients, GuidedIntegratedGradients
 from monai_xai.attributors.perturbation import FeatureAblation, Occlusion
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "AttentionRollout",
     "Attribution",
     "Attributor",
+    "BlurIntegratedGradients",
     "BoxRule",
     "Deconvolution",
     "DeepLift",
@@ -56,6 +59,7 @@ __all__ = [
     "EpsilonRule",
     "ExcitationBackprop",
     "ExcitationRule",
+    "ExtremalPerturbation",
     "FeatureAblation",
     "FeaturePermutation",
     "FlatRule",
@@ -66,6 +70,7 @@ __all__ = [
     "GradientShap",
     "GuidedBackprop",
     "GuidedGradCam",
+    "GuidedIntegratedGradients",
     "HiResCam",
     "InputXGradient",
     "IntegratedGradients",

@@ -13,7 +13,7 @@ from torch.nn import functional
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term, pull_back
-from monai_xai.operations import Operation, Watch, watched
+from monai_xai.operations import Operation, Watch, trace
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class AttentionRollout(Attributor):
 
     def _roll(self, term: Term, inputs: Tensors) -> tuple[Tensor, Tensor]:
         """Return the score, and how much every token contributes, shape (n, tokens)."""
-        with watched(term.network, watch := _Attentions()):
-            score, _ = term.trace(inputs)
+        score, _ = trace(term, inputs, watch := _Attentions())
         if not watch.found:
             raise UnsupportedNetworkError(
                 f"{self.name} needs a transformer, and this network has no attention."

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.operations import RECTIFIERS, Operation, Watch, passed, watched
+from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.operations import COMPARISONS, RECTIFIERS, Operation, Watch, passed, trace
 
 _HIDDEN = frozenset(("maximum", "minimum"))
 
@@ -31,10 +31,9 @@ class RectifiedGradient(Attributor):
         refuse_repeated_calls(self, scoring)
 
         def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
-            with watched(term.network, watch := _Rectify(self)):
-                score, gradients = term.gradient(inputs)
+            score, leaves = trace(term, inputs, watch := _Rectify(self))
             watch.require_rectifiers(type(term.network).__name__)
-            return score, gradients
+            return score.detach(), pull_back(score, leaves)
 
         score, maps = scoring.propagate(self.name, attribute, scoring.values)
         return Attribution(scoring.named(maps), score)
@@ -79,21 +78,34 @@ class _Rectify(Watch):
         super().__init__()
         self.method = method
         self.count = 0
+        self.masks: list[Operation] = []
 
     def handle(self, operation: Operation) -> Any:
-        if operation.name in _HIDDEN:
-            raise UnsupportedNetworkError(
-                f"{self.method.name} cannot tell whether {operation} rectifies. Use relu, or Saliency()."
-            )
-        if operation.name not in RECTIFIERS or len(operation.dependents) != 1:
+        is_rectifier = operation.name in RECTIFIERS
+        if operation.name in _HIDDEN or (is_rectifier and len(operation.dependents) != 1):
+            raise self._unclear(operation)
+        if not is_rectifier:
             return operation.run()
         self.count += 1
         return self.method.rectify(operation)
 
+    def lose(self, operation: Operation, result: Any) -> Any:
+        is_large = isinstance(result, Tensor) and result.numel() > 1
+        if is_large and (operation.name in COMPARISONS or result.is_floating_point()):
+            self.masks.append(operation)  # or what a mask may be made of
+        return result
+
     def require_rectifiers(self, network: str) -> None:
-        """Refuse a network that has called none."""
+        """Refuse a network that has called none, or in which there may be others than those called."""
+        if self.masks:
+            raise self._unclear(self.masks[0])
         if not self.count:
             raise UnsupportedNetworkError(
                 f"{self.method.name} acts on rectifiers (ReLU and its kin), and {network} calls none: it would "
                 "silently be the plain gradient. Use Saliency() or IntegratedGradients()."
             )
+
+    def _unclear(self, operation: Operation) -> UnsupportedNetworkError:
+        return UnsupportedNetworkError(
+            f"{self.method.name} cannot tell whether {operation} rectifies. Use relu, or Saliency()."
+        )

@@ -21,7 +21,7 @@ from monai_xai.attributors.backprop import GuidedBackprop
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.networks import choose_layer, find_layer
+from monai_xai.networks import choose_layer, find_layer, refuse_quantized, with_grid
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class GradientWeightedCam(ClassActivationAttributor):
 
     def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         score, activation, gradient = activation_and_gradient(term, inputs, layer)
-        require_grid(self, activation, inputs[place], layer)
+        require_grid(self, activation, term, inputs, layer, place)
         return score, scale_up(self.combine(activation, gradient).relu(), inputs[place])
 
     @abstractmethod
@@ -168,6 +168,7 @@ def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Te
         outputs.append(output if output.requires_grad else output.requires_grad_())
         return outputs[0].clone()
 
+    refuse_quantized(term.network)
     handle = find_layer(term.network, layer).register_forward_hook(keep)
     try:
         with torch.enable_grad():
@@ -196,16 +197,20 @@ def replace_one(inputs: Tensors, place: int, value: Tensor) -> Tensors:
     return (*inputs[:place], value, *inputs[place + 1 :])
 
 
-def require_grid(method: Attributor, activation: Tensor, image: Tensor, layer: str) -> None:
+def require_grid(
+    method: Attributor, activation: Tensor, term: Term, inputs: Tensors, layer: str, place: int
+) -> None:
     """Refuse a layer whose activations have no grid.
 
     Raises:
-        UnsupportedNetworkError: with the shapes.
+        UnsupportedNetworkError: with the shapes, and the layers that have one.
     """
+    image = inputs[place]
     if activation.ndim != image.ndim:
         raise UnsupportedNetworkError(
             f"{method.name} needs a layer with spatial activations (n, K, *spatial) as the image "
-            f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'."
+            f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'. "
+            f"{with_grid(term.network, lambda: term(inputs), image.ndim)}"
         )
 
 
@@ -328,7 +333,7 @@ class ScoreCam(ClassActivationAttributor):
     def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         score, activation, _ = activation_and_gradient(term, inputs, layer)
         image = inputs[place]
-        require_grid(self, activation, image, layer)
+        require_grid(self, activation, term, inputs, layer, place)
         masks = scale_up(activation, image)
         low, high = (f(masks, _grid_axes(masks), keepdim=True) for f in (torch.amin, torch.amax))
         masks = (masks - low) / torch.where(high > low, high - low, 1)
@@ -350,7 +355,7 @@ class AblationCam(ClassActivationAttributor):
 
     def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         score, activation, _ = activation_and_gradient(term, inputs, layer)
-        require_grid(self, activation, inputs[place], layer)
+        require_grid(self, activation, term, inputs, layer, place)
         lost = []
         for k in range(activation.shape[1]):
             without = activation.clone()

@@ -29,7 +29,7 @@ from monai_xai.attributors.base import Attribution, BaselineAttributor, average,
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term, pull_back
-from monai_xai.operations import DIVISIONS, Kind, Norm, Operation, Watch, passed, pull_back_through, watched
+from monai_xai.operations import DIVISIONS, Kind, Norm, Operation, Watch, passed, pull_back_through, trace
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DeepLift(BaselineAttributor):
     summable: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
     cause_of_gap: ClassVar[str] = (
-        "single precision on a score that hardly changes, or a nonlinearity that is hidden in indices or masks; use "
+        "single precision on a score that hardly changes, or a network that draws random numbers; use "
         "IntegratedGradients(), or run in double precision"
     )
 
@@ -76,11 +76,8 @@ class DeepLift(BaselineAttributor):
 
 def _multipliers(term: Term, inputs: Tensors, baseline: Tensors) -> tuple[Tensor, Tensor, Tensors]:
     """Return the scores of a part at the input and at the baseline, and the multipliers of every input."""
-    memory: list[_Moment] = []
-    with watched(term.network, _Remember(memory)):
-        start_score, _ = term.trace(baseline)
-    with watched(term.network, compare := _Compare(memory)):
-        score, leaves = term.trace(inputs)
+    start_score, _ = trace(term, baseline, start := _Remember())
+    score, leaves = trace(term, inputs, compare := _Compare(start))
     compare.require_end()
     return score.detach(), start_score.detach(), pull_back(score, leaves)
 
@@ -99,6 +96,14 @@ class _Moment(NamedTuple):
 
 class _TwoPoints(Watch):
     """A pass in which every nonlinear call is handled, after quotients were taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: list[tuple[str, Any]] = []
+
+    def lose(self, operation: Operation, result: Any) -> Any:
+        self.lost.append((str(operation), _copied(result)))
+        return result
 
     def handle(self, operation: Operation) -> Any:
         kind = operation.kind
@@ -122,9 +127,9 @@ class _TwoPoints(Watch):
 class _Remember(_TwoPoints):
     """At the baseline: notes what goes in and comes out, and keeps no graph."""
 
-    def __init__(self, memory: list[_Moment]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory: list[_Moment] = []
 
     def nonlinear(self, operation: Operation) -> Any:
         with torch.no_grad():
@@ -139,9 +144,10 @@ class _Remember(_TwoPoints):
 class _Compare(_TwoPoints):
     """At the input: gives each call the backward pass that carries its change from the baseline."""
 
-    def __init__(self, memory: Sequence[_Moment]) -> None:
+    def __init__(self, start: _Remember) -> None:
         super().__init__()
-        self.memory = list(reversed(memory))
+        self.start = start
+        self.memory = start.memory[::-1]
 
     def nonlinear(self, operation: Operation) -> Any:
         moment = self.memory.pop() if self.memory else None
@@ -159,15 +165,34 @@ class _Compare(_TwoPoints):
         return (values, *rest) if rest else values
 
     def require_end(self) -> None:
-        """Refuse a network that has called less than at the baseline."""
+        """Refuse a network that has called less than at the baseline, or used other masks or indices."""
         if self.memory:
             raise _another_path(str(self.memory[-1].operation))
+        for (where, now), (_, then) in zip(self.lost, self.start.lost, strict=False):
+            if not _is_same(now, then):
+                raise _another_path(where)
+
+
+def _copied(value: Any) -> Any:
+    """Return what a network knows of its input without a gradient, as it is now."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return [_copied(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return one == other if isinstance(one, bool | int | float) else type(one) is type(other)
 
 
 def _another_path(where: str) -> UnsupportedNetworkError:
     return UnsupportedNetworkError(
-        f"The network takes another path at the input than at the baseline, at {where}: its control flow depends on "
-        "the data, so that activations cannot be compared. Use IntegratedGradients() or FeatureAblation()."
+        f"The network takes another path at the input than at the baseline, at {where}: its masks, indices or "
+        "control flow depend on the data, so that activations cannot be compared. Use IntegratedGradients() or "
+        "FeatureAblation()."
     )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term, pull_back
-from monai_xai.operations import Kind, Operation, Watch, watched
+from monai_xai.operations import Kind, Operation, Watch, trace
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class FullGrad(Attributor):
 
 
 def _full_gradient(term: Term, inputs: Tensors, image: int | None) -> tuple[Tensor, Tensors, float]:
-    with watched(term.network, watch := _Biases()):
-        score, leaves = term.trace(inputs)
+    score, leaves = trace(term, inputs, watch := _Biases())
     found = pull_back(score, [*leaves, *(result for result, _ in watch.found)])
     maps = [x * g for x, g in zip(inputs, found, strict=False)]
     rest = 0.0
@@ -80,7 +79,18 @@ class _Biases(Watch):
     """Notes the result of every call, and what of it is not its linear part."""
 
     routes = frozenset(
-        ("cat", "concat", "concatenate", "hstack", "masked_fill", "pad", "stack", "vstack", "where")
+        (
+            "cat",
+            "concat",
+            "concatenate",
+            "hstack",
+            "masked_fill",
+            "pad",
+            "setitem",
+            "stack",
+            "vstack",
+            "where",
+        )
     )
 
     def __init__(self) -> None:
@@ -90,6 +100,8 @@ class _Biases(Watch):
     def handle(self, operation: Operation) -> Any:
         if operation.kind is Kind.UNKNOWN:
             raise UnsupportedNetworkError(f"FullGrad does not know {operation}. Use IntegratedGradients().")
+        if operation.name == "setitem":
+            return _set_without_bias(operation)
         result = operation.run()
         if operation.kind is Kind.MAXIMUM:
             return result
@@ -98,6 +110,18 @@ class _Biases(Watch):
             self.found.append((result, bias))
             return result.clone()  # the network may go on to work on it in place
         return result
+
+
+def _set_without_bias(operation: Operation) -> None:
+    """Write into a tensor, unless constants meet there what depends on the input: they would have no bias to be in."""
+    written, _, value = operation.arguments
+    values = [torch.as_tensor(x) for x in (written, value)]
+    if any(bool(x.any()) for x in values if not x.requires_grad):
+        raise UnsupportedNetworkError(
+            f"FullGrad has no place for constants that are written by index, {operation}. Use torch.where, torch.cat "
+            "or IntegratedGradients()."
+        )
+    operation.run()
 
 
 def _linear_part(operation: Operation) -> Tensor:

@@ -215,7 +215,8 @@ def activation_of(term: Term, inputs: Tensors, layer: str) -> Tensor:
         handle.remove()
     if not found:
         raise UnsupportedNetworkError(f"The network does not call the layer {layer!r}; choose another.")
-    return found[0].detach()
+    activation = found[0].detach()
+    return activation.dequantize() if activation.is_quantized else activation
 
 
 class _FromLayer(nn.Module):

@@ -32,7 +32,7 @@ from monai_xai.operations import (
     Watch,
     passed,
     pull_back_through,
-    watched,
+    trace,
 )
 
 _WEIGHTED = frozenset(
@@ -200,7 +200,8 @@ class LRP(Attributor):
             bounded where they cancel; "signed" in proportion to the values, as all else.
 
     What biases take is not on the map: ``facts["conserved"]`` says which share of the score is, and
-    ``facts["absorbed_by_biases"]`` which they took. That is no error of the method but part of it.
+    ``facts["absorbed_by_biases"]`` which they took. That is no error of the method but part of it. Masks and indices
+    that the network makes of its input are constants.
 
     Reference: Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance
     Propagation", PLOS ONE 2015 (doi:10.1371/journal.pone.0130140); composites as in Montavon et al. 2019; attention as
@@ -225,8 +226,7 @@ class LRP(Attributor):
         absorbed: list[float] = []
 
         def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
-            with watched(term.network, watch := _HandDown(self)):
-                score, leaves = term.trace(inputs)
+            score, leaves = trace(term, inputs, watch := _HandDown(self))
             relevance = pull_back(score, leaves, score.detach())
             absorbed.append(watch.absorbed)
             return score.detach(), relevance
@@ -281,7 +281,11 @@ class _HandDown(Watch):
         if operation.name in ADDITIONS and self.method.addition == "ratio":
             return _by_ratio(operation)
         rule = _FIXED.get(operation.kind)
-        if operation.name in _WEIGHTED and operation.kind is Kind.LINEAR:
+        if (
+            operation.name in _WEIGHTED
+            and operation.kind is Kind.LINEAR
+            and _Weighted.of(operation).sees_input
+        ):
             return self._weighted(operation)
         if rule is None:
             raise UnsupportedNetworkError(f"LRP has no rule for {operation}. Use IntegratedGradients().")
@@ -358,6 +362,12 @@ class _Weighted:
         rest = {key: value for key, value in given.items() if key not in ("input", "weight", "bias")}
         return cls(operation, given["weight"], given.get("bias"), rest)
 
+    @property
+    def sees_input(self) -> bool:
+        """Whether it is the layer's input that depends on that of the network, and not its weights."""
+        found: bool = self.operation.named(_ARGUMENTS[self.operation.name])["input"].requires_grad
+        return found
+
     def with_weights(self, weight: Tensor, bias: Tensor | None) -> Operation:
         """Return the call with other weights."""
         return replace(
@@ -417,7 +427,15 @@ _ARGUMENTS = {
 
 
 def stabilized(z: Tensor, epsilon: float) -> Tensor:
-    """Return z with its absolute value raised by a share of each sample's root mean square, to be divided by."""
+    """Return z with its absolute value raised by a share of each sample's root mean square, to be divided by.
+
+    Raises:
+        UnsupportedNetworkError: if such a share is zero in the type of z.
+    """
+    if torch.finfo(z.dtype).tiny > EPSILON:
+        raise UnsupportedNetworkError(
+            f"LRP divides by sums that {z.dtype} is too coarse for: use network.float() and inputs.float()."
+        )
     axes = tuple(range(1, z.ndim))
     floor = epsilon * (z.square().mean(axes, keepdim=True).sqrt() if axes else z.abs())
     floor = floor.where(floor > 0, 1)

@@ -14,7 +14,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('flat', 'inference', 'train')
+        ('flat', 'inference', 'modalities', 'train')
     """
     return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
 
@@ -23,8 +23,9 @@ def path(name: str) -> Path:
     """Return the file of an overlay, for ``python -m monai.bundle run --config_file "['...', '<this file>']"``.
 
     Args:
-        name: "inference" for a bundle's inference, "train" for its training or evaluation where the validation is
-            ``validate::evaluator``, "flat" where it is plain ``evaluator``.
+        name: "inference" for a bundle's inference, "modalities" for what each of its sequences or images gives,
+            "train" for its training or evaluation where the validation is ``validate::evaluator``, "flat" where it is
+            plain ``evaluator``.
 
     Raises:
         InputError: if there is no such overlay.
