@@ -8,20 +8,19 @@ map is not the map of an imagined network on the whole volume; that does not exi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from monai_xai.attributors.activations import activation_and_gradient, hooked, inputs_of_layer, interpolated
 from monai_xai.attributors.backprop import GuidedBackprop
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring, Tensors, Term
-from monai_xai.networks import choose_layer, find_layer, refuse_quantized, with_grid
+from monai_xai.networks import choose_layer, with_grid
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class GradientWeightedCam(ClassActivationAttributor):
     def term_map(self, term: Term, inputs: Tensors, layer: str, place: int) -> tuple[Tensor, Tensor]:
         score, activation, gradient = activation_and_gradient(term, inputs, layer)
         require_grid(self, activation, term, inputs, layer, place)
-        return score, scale_up(self.combine(activation, gradient).relu(), inputs[place])
+        return score, interpolated(self.combine(activation, gradient).relu(), _grid(inputs[place]))
 
     @abstractmethod
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
@@ -150,101 +149,6 @@ class HiResCam(GradientWeightedCam):
 
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
         return (activation * gradient).sum(1, keepdim=True)
-
-
-def activation_and_gradient(term: Term, inputs: Tensors, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the score of a term, the activation of a layer in it, and the gradient of the score there.
-
-    Raises:
-        UnsupportedNetworkError: if the layer is not called once with one tensor, or the score does not depend on it.
-    """
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        if not isinstance(output, Tensor) or outputs:
-            raise UnsupportedNetworkError(
-                f"The layer {layer!r} must give one tensor and be called once; choose another by layer='...'."
-            )
-        outputs.append(output if output.requires_grad else output.requires_grad_())
-        return outputs[0].clone()
-
-    refuse_quantized(term.network)
-    handle = find_layer(term.network, layer).register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            score = term.function(*(x.clone() for x in inputs), *term.selection())
-    finally:
-        handle.remove()
-    if not outputs or not score.requires_grad:
-        raise UnsupportedNetworkError(f"The score does not depend on the layer {layer!r}; choose another.")
-    (gradient,) = torch.autograd.grad(score.sum(), outputs, allow_unused=True)
-    activation = outputs[0].detach()
-    return score.detach(), activation, torch.zeros_like(activation) if gradient is None else gradient
-
-
-@contextmanager
-def layer_replaced(term: Term, layer: str, activation: Tensor) -> Iterator[None]:
-    """Let a layer give this activation, whatever it sees."""
-    handle = find_layer(term.network, layer).register_forward_hook(lambda *_: activation.clone())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def replace_one(inputs: Tensors, place: int, value: Tensor) -> Tensors:
-    """Return the inputs with another one in one place."""
-    return (*inputs[:place], value, *inputs[place + 1 :])
-
-
-def require_grid(
-    method: Attributor, activation: Tensor, term: Term, inputs: Tensors, layer: str, place: int
-) -> None:
-    """Refuse a layer whose activations have no grid.
-
-    Raises:
-        UnsupportedNetworkError: with the shapes, and the layers that have one.
-    """
-    image = inputs[place]
-    if activation.ndim != image.ndim:
-        raise UnsupportedNetworkError(
-            f"{method.name} needs a layer with spatial activations (n, K, *spatial) as the image "
-            f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'. "
-            f"{with_grid(term.network, lambda: term(inputs), image.ndim)}"
-        )
-
-
-def scale_up(maps: Tensor, image: Tensor) -> Tensor:
-    """Return maps of a layer on the grid of an image, interpolated."""
-    return functional.interpolate(maps, tuple(image.shape[2:]), mode=_linear_mode(image.ndim - 2))
-
-
-def _linear_mode(dims: int) -> str:
-    return {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]
-
-
-def inputs_of_layer(term: Term, inputs: Tensors, layer: str) -> list[bool]:
-    """Return for each input of a term whether a layer's activation depends on it."""
-    activations: list[Tensor] = []
-
-    def keep(module: nn.Module, arguments: object, output: Tensor) -> None:
-        activations.append(output)
-
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    handle = find_layer(term.network, layer).register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            term.function(*(x.clone() for x in leaves), *term.selection())
-    finally:
-        handle.remove()
-    if not activations or not isinstance(activations[0], Tensor) or not activations[0].requires_grad:
-        return [False] * len(inputs)
-    gradients = torch.autograd.grad(activations[0].sum(), leaves, allow_unused=True)
-    return [gradient is not None for gradient in gradients]
-
-
-def _grid_axes(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(2, x.ndim))
 
 
 @dataclass(frozen=True)
@@ -316,7 +220,7 @@ class SegXResCam(GradientWeightedCam):
         grid, dims = tuple(gradient.shape[2:]), gradient.ndim - 2
         pool = getattr(functional, f"{'avg' if self.pool_mode == 'mean' else 'max'}_pool{dims}d")
         pooled = pool(gradient, tuple(min(self.pool_size, n) for n in grid), ceil_mode=True)
-        weights = functional.interpolate(pooled, grid, mode=_linear_mode(dims))
+        weights = interpolated(pooled, tuple(grid))
         return (activation * weights).sum(1, keepdim=True)
 
 
@@ -334,13 +238,13 @@ class ScoreCam(ClassActivationAttributor):
         score, activation, _ = activation_and_gradient(term, inputs, layer)
         image = inputs[place]
         require_grid(self, activation, term, inputs, layer, place)
-        masks = scale_up(activation, image)
+        masks = interpolated(activation, _grid(image))
         low, high = (f(masks, _grid_axes(masks), keepdim=True) for f in (torch.amin, torch.amax))
         masks = (masks - low) / torch.where(high > low, high - low, 1)
-        kept = [term(replace_one(inputs, place, image * masks[:, k : k + 1])) for k in range(masks.shape[1])]
-        gain = torch.stack(kept, 1) - term(replace_one(inputs, place, torch.zeros_like(image)))[:, None]
+        kept = [term(_replace_one(inputs, place, image * masks[:, k : k + 1])) for k in range(masks.shape[1])]
+        gain = torch.stack(kept, 1) - term(_replace_one(inputs, place, torch.zeros_like(image)))[:, None]
         weights = gain.softmax(1).reshape(*gain.shape, *(1,) * (activation.ndim - 2))
-        return score, scale_up((weights * activation).sum(1, keepdim=True).relu(), image)
+        return score, interpolated((weights * activation).sum(1, keepdim=True).relu(), _grid(image))
 
 
 @dataclass(frozen=True)
@@ -360,11 +264,11 @@ class AblationCam(ClassActivationAttributor):
         for k in range(activation.shape[1]):
             without = activation.clone()
             without[:, k] = 0
-            with layer_replaced(term, layer, without):
+            with hooked(term.network, layer, lambda *_, replacement=without: replacement.clone()):
                 lost.append(score - term(inputs))
         whole = torch.where(score == 0, 1, score)[:, None]
         weights = (torch.stack(lost, 1) / whole).reshape(*activation.shape[:2], *(1,) * (activation.ndim - 2))
-        return score, scale_up((weights * activation).sum(1, keepdim=True).relu(), inputs[place])
+        return score, interpolated((weights * activation).sum(1, keepdim=True).relu(), _grid(inputs[place]))
 
 
 @dataclass(frozen=True)
@@ -387,3 +291,33 @@ class GuidedGradCam(Attributor):
         coarse, fine = GradCam(self.layer).attribute(scoring), GuidedBackprop().attribute(scoring)
         maps = {name: cam * fine.maps[name] for name, cam in coarse.maps.items()}
         return Attribution(maps, coarse.score, facts=coarse.facts)
+
+
+def _replace_one(inputs: Tensors, place: int, value: Tensor) -> Tensors:
+    """Return the inputs with another one in one place."""
+    return (*inputs[:place], value, *inputs[place + 1 :])
+
+
+def require_grid(
+    method: Attributor, activation: Tensor, term: Term, inputs: Tensors, layer: str, place: int
+) -> None:
+    """Refuse a layer whose activations have no grid.
+
+    Raises:
+        UnsupportedNetworkError: with the shapes, and the layers that have one.
+    """
+    image = inputs[place]
+    if activation.ndim != image.ndim:
+        raise UnsupportedNetworkError(
+            f"{method.name} needs a layer with spatial activations (n, K, *spatial) as the image "
+            f"{tuple(image.shape)} has, {layer!r} gives {tuple(activation.shape)}. Choose another by layer='...'. "
+            f"{with_grid(term.network, lambda: term(inputs), image.ndim)}"
+        )
+
+
+def _grid(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[2:])
+
+
+def _grid_axes(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))

@@ -11,8 +11,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from monai_xai.attributors.activations import interpolated
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
 from monai_xai.attributors.games import Game, marginals, shapley_values
 from monai_xai.baselines import BaselineLike, Blur
@@ -282,10 +282,7 @@ class Rise(BaselineAttributor):
         cells = [min(self.cells, n) for n in spatial]
         grid = torch.from_numpy(generator.random((1, 1, *(n + 1 for n in cells))) < self.share).to(x)
         sizes = [math.ceil(n / k) for n, k in zip(spatial, cells, strict=True)]
-        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(spatial)]
-        fine = functional.interpolate(
-            grid, [(k + 1) * s for k, s in zip(cells, sizes, strict=True)], mode=mode
-        )
+        fine = interpolated(grid, tuple((k + 1) * s for k, s in zip(cells, sizes, strict=True)))
         for axis, (size, length) in enumerate(zip(sizes, spatial, strict=True), start=2):
             fine = fine.narrow(axis, int(generator.integers(size)), length)
         return fine

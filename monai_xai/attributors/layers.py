@@ -6,19 +6,18 @@ Maps of a layer lie on its own grid, which is not that of the scan: they are pla
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from monai_xai.attributors.activations import Seen, activation_and_gradient, activation_of, hooked
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
-from monai_xai.attributors.cam import activation_and_gradient
 from monai_xai.attributors.gradients import Saliency
 from monai_xai.baselines import Baseline, BaselineLike, Blur
-from monai_xai.errors import InputError, UnsupportedInfererError, UnsupportedNetworkError
+from monai_xai.errors import InputError, UnsupportedInfererError
 from monai_xai.forward import Scoring, Tensors, Term, WholeTerm
-from monai_xai.networks import find_layer
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Layer(Attributor):
 
     def __post_init__(self) -> None:
         _require_layer(self)
-        for fact in ("complete", "summable", "paints", "stochastic", "cause_of_gap"):
-            object.__setattr__(self, fact, getattr(self.attributor, fact))
+        _take_facts(self, self.attributor)
 
     @property
     def name(self) -> str:
@@ -83,8 +81,7 @@ class Neuron(Attributor):
 
     def __post_init__(self) -> None:
         _require_layer(self)
-        for fact in ("complete", "summable", "paints", "stochastic", "cause_of_gap"):
-            object.__setattr__(self, fact, getattr(self.attributor, fact))
+        _take_facts(self, self.attributor)
 
     @property
     def name(self) -> str:
@@ -201,39 +198,17 @@ class InternalInfluence(PathLayerAttributor):
         return (now[1] + before[1]) / (2 * self.n_steps)
 
 
-def activation_of(term: Term, inputs: Tensors, layer: str) -> Tensor:
-    """Return the activation of a layer, detached.
-
-    Raises:
-        UnsupportedNetworkError: if the layer does not give one tensor, or is not called once.
-    """
-    found: list[Tensor] = []
-    handle = find_layer(term.network, layer).register_forward_hook(_keeper(found, layer))
-    try:
-        term(inputs)
-    finally:
-        handle.remove()
-    if not found:
-        raise UnsupportedNetworkError(f"The network does not call the layer {layer!r}; choose another.")
-    activation = found[0].detach()
-    return activation.dequantize() if activation.is_quantized else activation
-
-
 class _FromLayer(nn.Module):
     """The score as a function of the activation of a layer."""
 
     def __init__(self, term: Term, inputs: Tensors, layer: str) -> None:
         super().__init__()
         self.network = term.network
-        self._term, self._inputs = term, inputs
-        self._layer = find_layer(term.network, layer)
+        self._term, self._inputs, self._layer = term, inputs, layer
 
     def forward(self, activation: Tensor) -> Tensor:
-        handle = self._layer.register_forward_hook(lambda *_: activation)
-        try:
+        with hooked(self.network, self._layer, lambda *_: activation):
             score: Tensor = self._term.function(*(x.clone() for x in self._inputs), *self._term.selection())
-        finally:
-            handle.remove()
         return score
 
 
@@ -246,17 +221,9 @@ class _ToNeuron(nn.Module):
         self._term, self._name, self._index = term, layer, index
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        found: list[Tensor] = []
-        handle = find_layer(self.network, self._name).register_forward_hook(_keeper(found, self._name))
-        try:
+        with hooked(self.network, self._name, seen := Seen(self._name)):
             self._term.function(*inputs, *self._term.selection())
-        finally:
-            handle.remove()
-        if not found:
-            raise UnsupportedNetworkError(
-                f"The network does not call the layer {self._name!r}; choose another."
-            )
-        return self._pick(found[0])
+        return self._pick(seen.activation)
 
     def _pick(self, activation: Tensor) -> Tensor:
         sizes = tuple(activation.shape[1:])
@@ -269,18 +236,6 @@ class _ToNeuron(nn.Module):
         for i in self._index:
             activation = activation.select(1, i)
         return activation.flatten(1).mean(1) if activation.ndim > 1 else activation
-
-
-def _keeper(found: list[Tensor], layer: str) -> Callable[[nn.Module, object, object], None]:
-    def keep(module: nn.Module, arguments: object, output: object) -> None:
-        if not isinstance(output, Tensor) or found:
-            raise UnsupportedNetworkError(
-                f"The layer {layer!r} must give one tensor and be called once, got {type(output).__name__}; choose "
-                "another layer."
-            )
-        found.append(output)
-
-    return keep
 
 
 @dataclass(frozen=True)
@@ -322,3 +277,9 @@ def _require_layer(method: Attributor) -> None:
         raise InputError(
             f"{type(method).__name__}(layer=...) needs the dotted name of a layer, got {layer!r}."
         )
+
+
+def _take_facts(method: Attributor, inner: Attributor) -> None:
+    """Let a method promise what the one inside promises."""
+    for fact in ("complete", "summable", "paints", "stochastic", "cause_of_gap"):
+        object.__setattr__(method, fact, getattr(inner, fact))
