@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import captum.attr
 import pytest
 import torch
@@ -9,7 +12,9 @@ from monai.inferers import SlidingWindowInferer
 from networks import LinearImage, random_image, small_unet
 from torch import nn
 
+import monai_xai
 from monai_xai import (
+    AttributionError,
     Blocks,
     Box,
     ChannelMinimum,
@@ -373,6 +378,29 @@ def test_a_smaller_tolerance_takes_more_passes_and_max_steps_ends_them():
             RegionScore(1, BOX),
         )
     assert stopped.facts["passes"] == 3
+
+
+def test_a_warning_says_what_was_measured_to_close_the_gap_and_it_does():
+    network, x = small_unet(norm="INSTANCE"), random_image(1, 2, 20, 16)
+    target = RegionScore(1, BOX)
+    explainer = Explainer(target, IntegratedGradients(n_steps=3, baseline=0.0), progress=False)
+    with pytest.warns(CompletenessWarning, match="Measured on this network: ") as caught:
+        explainer(network, x)
+    said = re.findall(r"(n_steps|baseline)=(.+?) leaves ([\d.]+)%", str(caught[0].message))
+    setting, value, percent = said[-1]
+    assert float(percent) <= 5.0
+    cured = replace(explainer.attributor, **{setting: eval(value, vars(monai_xai))})
+    assert float(explain(cured, network, x, target).gap) == pytest.approx(float(percent) / 100, abs=6e-4)
+
+
+def test_a_gap_raises_on_request():
+    network, x = small_unet(norm="INSTANCE"), random_image(1, 2, 20, 16)
+    method = IntegratedGradients(n_steps=3, baseline=0.0)
+    explainer = Explainer(RegionScore(1, BOX), method, progress=False, on_gap="raise")
+    with pytest.raises(AttributionError, match="miss the change of the score"):
+        explainer(network, x)
+    with pytest.raises(InputError, match="choose 'warn' or 'raise'"):
+        Explainer(RegionScore(1, BOX), method, on_gap="stop")
 
 
 @pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")

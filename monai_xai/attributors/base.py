@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from monai_xai.baselines import Baseline, BaselineLike, as_baseline
+from monai_xai.baselines import Auto, Baseline, BaselineLike, as_baseline
 from monai_xai.errors import UnsupportedInfererError
 from monai_xai.forward import Scoring, Tensors
 from monai_xai.spelling import Spelled
@@ -66,6 +66,10 @@ class Attributor(Spelled, ABC):
     def attribute(self, scoring: Scoring) -> Attribution:
         """Attribute a score to its inputs."""
 
+    def remedies(self) -> Iterator[Attributor]:
+        """Yield the method set otherwise, as it may add up where it does not now."""
+        yield from ()
+
 
 class BaselineAttributor(Attributor):
     """A method with a field ``baseline``, which is coerced: a number or tensor means ``Constant``."""
@@ -79,6 +83,11 @@ class BaselineAttributor(Attributor):
         """Return the baselines, one tuple in call order for each draw."""
         assert isinstance(self.baseline, Baseline | Mapping)
         return scoring.draw(self.baseline)  # type: ignore[arg-type]
+
+    def remedies(self) -> Iterator[Attributor]:
+        for candidate in Auto().candidates:
+            if str(candidate) != str(self.baseline):
+                yield replace(self, baseline=candidate)  # type: ignore[call-arg]
 
 
 def refuse_repeated_calls(attributor: Attributor, scoring: Scoring) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -80,6 +80,10 @@ class GradientShap(BaselineAttributor):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_samples(self, self.n_samples)
+
+    def remedies(self) -> Iterator[Attributor]:
+        yield replace(self, n_samples=4 * self.n_samples)
+        yield from super().remedies()
 
     def attribute(self, scoring: Scoring) -> Attribution:
         generator = torch.Generator().manual_seed(self.seed)

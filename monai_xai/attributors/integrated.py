@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, BaselineAttributor, average
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
@@ -75,6 +75,12 @@ class IntegratedGradients(BaselineAttributor):
             raise InputError(f"{self} asks for more steps than max_steps={self.max_steps} allows.")
         if self.tolerance is not None and self.tolerance <= 0:
             raise InputError(f"IntegratedGradients(tolerance={self.tolerance}) must be positive.")
+
+    def remedies(self) -> Iterator[Attributor]:
+        if not self.is_adaptive:
+            assert self.n_steps is not None
+            yield replace(self, n_steps=4 * self.n_steps)
+        yield from super().remedies()
 
     def attribute(self, scoring: Scoring) -> Attribution:
         return average([self._integrate(scoring, baseline) for baseline in self.draws(scoring)])
