@@ -48,7 +48,6 @@ METHODS: dict[str, xai.Attributor] = {
     "LayerCam": xai.LayerCam(),
     "SegXResCam": xai.SegXResCam(),
 }
-AGREEING = ("IntegratedGradients", "BlurIntegratedGradients", "GradientShap", "DeepLift")
 
 
 class Row(NamedTuple):
