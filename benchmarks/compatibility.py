@@ -10,8 +10,10 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,14 @@ class Subject:
         shapes: of its inputs without the batch, by name.
         is_segmentation: whether a region is explained; else a class or an output.
         head: the part of its output that is explained.
+        ablated: layer for AblationCam, where the one that it would choose has thousands of channels.
     """
 
     make: Callable[[], nn.Module]
     shapes: Mapping[str, tuple[int, ...]]
     is_segmentation: bool = True
     head: int | None = None
+    ablated: str = ""
 
     def build(self) -> nn.Module:
         """Return the network in evaluation mode, with batch statistics of noise."""
@@ -170,6 +174,7 @@ SUBJECTS: dict[str, Subject] = {
     "AHNet 2D": Subject(
         lambda: nets.AHNet(spatial_dims=2, in_channels=1, out_channels=2, upsample_mode="bilinear"),
         {"image": (1, 128, 128)},
+        ablated="up3.conv",
     ),
     "DenseNet121 2D": Subject(lambda: nets.DenseNet121(2, 1, 3), LARGE, False),
     "ResNet18 2D": Subject(
@@ -371,6 +376,9 @@ METHODS: dict[str, tuple[xai.Attributor, Check]] = {
     "Saliency": (xai.Saliency(), by_finite_differences),
     "InputXGradient": (xai.InputXGradient(), by_finite_differences),
     "IntegratedGradients": (xai.IntegratedGradients(baseline=NOISE, tolerance=0.01), by_completeness),
+    "IntegratedGradients (auto)": (xai.IntegratedGradients(baseline="auto"), by_completeness),
+    "BlurIntegratedGradients": (xai.BlurIntegratedGradients(), by_completeness),
+    "GuidedIntegratedGradients": (xai.GuidedIntegratedGradients(baseline=NOISE), by_completeness),
     "GradientShap": (xai.GradientShap(n_samples=64, baseline=NOISE), by_sampling_error),
     "NoiseTunnel": (xai.NoiseTunnel(n_samples=4), by_form),
     "GuidedBackprop": (xai.GuidedBackprop(), by_difference_from_the_gradient),
@@ -409,6 +417,8 @@ NAMES = (*METHODS, *FEATURE_METHODS)
 
 def method_for(subject: Subject, name: str) -> tuple[xai.Attributor, Check]:
     """Return a method and its check; features are halves of the image along each axis."""
+    if name == "AblationCam" and subject.ablated:
+        return xai.AblationCam(subject.ablated), by_form
     if name in METHODS:
         return METHODS[name]
     make, check = FEATURE_METHODS[name]
@@ -491,15 +501,26 @@ def _captum_maps(
     return getattr(captum.attr, name)(score).attribute(inputs)
 
 
-def run(subjects: Sequence[str]) -> Iterator[tuple[str, str, str, Outcome]]:
-    """Yield who, network, method and outcome of every pair."""
-    for subject_name in tqdm(subjects, desc="networks"):
-        subject = SUBJECTS[subject_name]
-        network = subject.build()
-        for name in NAMES:
-            yield "ours", subject_name, name, judge(subject, network, name)
-        for name in CAPTUM:
-            yield "captum", subject_name, name, judge_captum(subject, subject.build(), name)
+Cell = tuple[str, str, str, Outcome]
+
+
+def run(subjects: Sequence[str], processes: int = 1) -> list[Cell]:
+    """Return who, network, method and outcome of every pair; each process takes one network after the other."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        rows = tqdm(pool.map(run_network, subjects), total=len(subjects), desc="networks")
+        return [cell for row in rows for cell in row]
+
+
+def run_network(name: str) -> list[Cell]:
+    """Return the row of a network, on one thread."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    subject = SUBJECTS[name]
+    network = subject.build()
+    ours: list[Cell] = [("ours", name, method, judge(subject, network, method)) for method in NAMES]
+    return ours + [
+        ("captum", name, method, judge_captum(subject, subject.build(), method)) for method in CAPTUM
+    ]
 
 
 MARKS = {"right": "✓", "approximate": "≈", "refused": "-", "wrong": "✗", "failed": "!"}
@@ -574,10 +595,11 @@ def main() -> None:
         "--networks", nargs="*", default=list(SUBJECTS), help="names of networks; default: all"
     )
     parser.add_argument("--output", type=Path, default=TABLE, help="the page to write")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="networks at a time; times are then less even"
+    )
     arguments = parser.parse_args()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        page = table(list(run(arguments.networks)))
+    page = table(run(arguments.networks, arguments.processes))
     arguments.output.write_text(page, encoding="utf-8")
     print(page)
 

@@ -146,6 +146,8 @@ class Operation:
     def kind(self) -> Kind:
         """What it does to the tensors that depend on the input."""
         kind, count = _KINDS.get(self.name, Kind.UNKNOWN), len(self.dependents)
+        if self.options.get("rounding_mode"):
+            return Kind.UNKNOWN
         if count == 1:
             return self._kind_of_one(kind)
         if kind in (Kind.ACTIVATION, Kind.NORM, Kind.LINEAR):

@@ -254,6 +254,12 @@ def test_deep_lift_refuses_what_it_has_no_rule_for_and_says_where():
         attribute(DeepLift(), Recurrent(), random_image(1, 3, 2))
 
 
+def test_a_division_that_rounds_is_not_taken_for_a_linear_one():
+    network = Called(lambda z: (torch.div(z, 0.5, rounding_mode="floor") + z).sum(1, keepdim=True))
+    with pytest.raises(UnsupportedNetworkError, match="no rule for div"):
+        attribute(DeepLift(Constant(-1.0)), network, random_image(1, 2))
+
+
 def test_deep_lift_refuses_a_path_that_depends_on_the_data():
     network = Called(
         lambda z: z.relu().sum(1, keepdim=True) if z.sum() > 0 else z.sigmoid().sum(1, keepdim=True)
