@@ -64,10 +64,26 @@ from monai_xai.errors import (
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
+from monai_xai.grounding_handler import GroundingHandler, TensorBoardGroundingHandler
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
 from monai_xai.inferers import AttributionInferer
+from monai_xai.metrics import (
+    Complexity,
+    Enrichment,
+    LesionHitRate,
+    LocalizationPrecision,
+    MapMetric,
+    MapsAndRegions,
+    PointingGame,
+    RankAccuracy,
+    RegionOverlap,
+    RelevanceMass,
+    Sparseness,
+    ZoneShare,
+)
 from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_projection, perceptual_score
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
+from monai_xai.report import write_report
 from monai_xai.tables import ClinicalVariables, Reading, ReferenceRecord, TableSchema, Variable
 from monai_xai.targets import (
     ClassScore,
@@ -108,6 +124,7 @@ __all__ = [
     "ClassScore",
     "ClinicalVariables",
     "CompletenessWarning",
+    "Complexity",
     "Component",
     "Constant",
     "Deconvolution",
@@ -115,6 +132,7 @@ __all__ = [
     "DiceScore",
     "EigenCam",
     "EmptyRegionError",
+    "Enrichment",
     "EpsilonRule",
     "ExcitationBackprop",
     "ExcitationRule",
@@ -136,6 +154,7 @@ __all__ = [
     "GradCam",
     "GradCamPlusPlus",
     "GradientShap",
+    "GroundingHandler",
     "GuidedBackprop",
     "GuidedGradCam",
     "GuidedIntegratedGradients",
@@ -150,7 +169,11 @@ __all__ = [
     "LayerActivation",
     "LayerCam",
     "LayerConductance",
+    "LesionHitRate",
     "Lime",
+    "LocalizationPrecision",
+    "MapMetric",
+    "MapsAndRegions",
     "MarginScore",
     "Mask",
     "Mean",
@@ -163,12 +186,16 @@ __all__ = [
     "NoiseTunnel",
     "Occlusion",
     "OutputScore",
+    "PointingGame",
     "Predicted",
     "PropagationRule",
+    "RankAccuracy",
     "Reading",
     "ReferenceRecord",
     "Region",
+    "RegionOverlap",
     "RegionScore",
+    "RelevanceMass",
     "Rise",
     "Saliency",
     "Samples",
@@ -176,10 +203,12 @@ __all__ = [
     "SegXResCam",
     "ShapleyValueSampling",
     "ShapleyValues",
+    "Sparseness",
     "StitchedNetwork",
     "TableSchema",
     "Target",
     "TensorBoardAttributionHandler",
+    "TensorBoardGroundingHandler",
     "UnsupportedInfererError",
     "UnsupportedNetworkError",
     "Variable",
@@ -188,7 +217,9 @@ __all__ = [
     "XGradCam",
     "XaiError",
     "ZPlusRule",
+    "ZoneShare",
     "additive_projection",
     "channel_names",
     "perceptual_score",
+    "write_report",
 ]

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
 from monai_xai.errors import InputError
+from monai_xai.files import as_csv, without_nan, write_whole
 from monai_xai.modalities import ModalityExplanation
-
-_MOST_ENUMERATED = 12
-_NORMAL = 1.96  # standard errors in half of a 95 % interval
+from monai_xai.statistics import holm, interval, sign_flip_test
 
 
 class CohortRow(NamedTuple):
@@ -169,89 +163,10 @@ class ModalityCohort:
         cases = [row for case, explanation in self.cases.items() for row in explanation.rows(case)]
         Path(folder).mkdir(parents=True, exist_ok=True)
         table, document = Path(folder, "modalities.csv"), Path(folder, "modalities.json")
-        _replace(table, _as_csv(cases))
+        write_whole(table, as_csv(cases))
         summary = [row._asdict() for row in self.rows()]
-        _replace(
+        write_whole(
             document,
-            json.dumps(_without_nan({"cohort": summary, "pairs": self.pairs(), "cases": cases}), indent=1),
+            json.dumps(without_nan({"cohort": summary, "pairs": self.pairs(), "cases": cases}), indent=1),
         )
         return table, document
-
-
-def interval(values: NDArray[np.float64], seed: int = 0, error: float = 0.0) -> tuple[float, float]:
-    """Return the 95 % bias-corrected and accelerated bootstrap interval of a mean; NaN below 5 values.
-
-    Args:
-        values: one for each case.
-        seed: seed of the bootstrap.
-        error: standard error that all values share, by which the interval is widened (in quadrature).
-
-    Reference: Efron, "Better Bootstrap Confidence Intervals", JASA 1987.
-    """
-    if len(values) < 5:
-        return float("nan"), float("nan")
-    if np.ptp(values) < 1e-12 * max(float(np.abs(values).max()), 1e-300):
-        return float(values[0]) - _NORMAL * error, float(values[0]) + _NORMAL * error
-    found = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="BCa", random_state=np.random.default_rng(seed)
-    ).confidence_interval
-    mean, shared = float(values.mean()), _NORMAL * error
-    return mean - float(np.hypot(mean - found.low, shared)), mean + float(np.hypot(found.high - mean, shared))
-
-
-def sign_flip_test(values: NDArray[np.float64], seed: int = 0, n_permutations: int = 9999) -> float:
-    """Return the two-sided p-value of a mean of 0 by flipping signs: all of them up to 12 values, drawn above.
-
-    Reference: Good, "Permutation, Parametric, and Bootstrap Tests of Hypotheses", 2005, section 3.2.
-    """
-    n, observed = len(values), abs(values.mean()) if len(values) else 0.0
-    if n == 0 or not observed:
-        return 1.0
-    if n <= _MOST_ENUMERATED:
-        signs = np.array(list(product((-1.0, 1.0), repeat=n)))
-        return float((np.abs(signs @ values) / n >= observed * (1 - 1e-12)).mean())
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(n_permutations, n))
-    larger = (np.abs(signs @ values) / n >= observed * (1 - 1e-12)).sum()
-    return float((larger + 1) / (n_permutations + 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number.
-
-    Reference: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 1979.
-    """
-    order = np.argsort(p_values, kind="stable")
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
-
-
-def _as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    rows = list(rows)
-    text = StringIO()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a value in which NaN, which JSON does not know, is None."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -45,6 +45,8 @@ class AttributionEvents(EventEnum):
     """A case is explained: ``engine.state.explained`` holds an :class:`ExplainedCase`."""
     COHORT_COMPLETED = "cohort_completed"
     """An epoch of explained cases is over: ``engine.state.cohorts`` holds cohorts by explainer."""
+    GROUNDING_COMPLETED = "grounding_completed"
+    """Explanations are judged: ``engine.state.grounding`` holds a :class:`~monai_xai.grounding.Grounding`."""
 
 
 def register_events(engine: Engine) -> None:

@@ -112,11 +112,13 @@ class Task:
         with guard("the score", tuple(self.inputs.values())):
             return self._share(self._scoring(target))
 
+    def select(self, target: Target) -> Tensors:
+        """Return what a target selects from the clean prediction, see :meth:`Target.select`."""
+        selected = target.select(self._output(target), self._label_of(target))
+        return tuple(part.to(self._image.device) for part in selected)
+
     def _scoring(self, target: Target) -> Scoring:
-        selection = tuple(
-            part.to(self._image.device)
-            for part in target.select(self._output(target), self._label_of(target))
-        )
+        selection = self.select(target)
         if (sliding := self._sliding) and target.linear:
             return window_scoring(self.network, sliding, target, selection[0], inputs=self.inputs)
         whole = self._whole(target.head)

@@ -135,15 +135,15 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         for explainer, cohort in engine.state.cohorts.items():
             with self._guard(f"the cohort of {explainer}, epoch {epoch}"):
                 for name, value in scalars_of_cohort(cohort):
-                    self._writer.add_scalar(f"cohort/{_clean(explainer)}/{name}", value, epoch)
+                    self._writer.add_scalar(f"cohort/{clean_tag(explainer)}/{name}", value, epoch)
                 for name, figure in figures_of_cohort(cohort, f"{explainer}{_epoch(epoch)}"):
-                    self._add_picture(f"{_clean(explainer)}/cohort/{name}", figure, epoch)
+                    self._add_picture(f"{clean_tag(explainer)}/cohort/{name}", figure, epoch)
                 self._writer.flush()
 
     def _draw_modalities(
         self, explained: ExplainedCase, explainer: str, explanation: ModalityExplanation
     ) -> None:
-        tag = f"{_clean(explainer)}/{_clean(explained.name)}"
+        tag = f"{clean_tag(explainer)}/{clean_tag(explained.name)}"
         for name, value in scalars_of_modalities(explanation):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, explained.epoch)
         if not self._is_drawn(explainer, explained.epoch):
@@ -157,12 +157,12 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
         return self.cases is None or count <= self.cases
 
     def _add_picture(self, tag: str, figure: Figure, epoch: int) -> None:
-        summary = _image_summary(tag, encode_png(rasterize(figure)), "")
+        summary = image_summary(tag, encode_png(rasterize(figure)), "")
         self._writer._get_file_writer().add_summary(summary, epoch)
 
     def _draw(self, explained: ExplainedCase, explainer: str, explanation: Explanation) -> None:
         epoch = explained.epoch
-        tag = f"{_clean(explainer)}/{_clean(explained.name)}"
+        tag = f"{clean_tag(explainer)}/{clean_tag(explained.name)}"
         contributions = contributions_of(explanation)
         for name, value in scalars_of(explanation, contributions):
             self._writer.add_scalar(f"attribution/{tag}/{name}", value, epoch)
@@ -171,9 +171,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             return
         for name, encoded in self._pictures(explained, explainer, explanation, contributions):
             about = "\n\n".join(about_lines(explained, explainer))
-            self._writer._get_file_writer().add_summary(
-                _image_summary(f"{tag}/{name}", encoded, about), epoch
-            )
+            self._writer._get_file_writer().add_summary(image_summary(f"{tag}/{name}", encoded, about), epoch)
 
     def _pictures(
         self,
@@ -195,10 +193,10 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             yield "modalities", encode_png(rasterize(figure))
         for name, values in explanation.attributions.items():
             if values.ndim == 2:
-                yield f"{_clean(name)}/features", _draw_features(explained, explainer, explanation, name)
+                yield f"{clean_tag(name)}/features", _draw_features(explained, explainer, explanation, name)
             elif values.ndim in (4, 5):
                 scene = scene_of(explained, explainer, name, multilabel=self.multilabel)
-                yield from ((f"{_clean(name)}/{kind}", picture) for kind, picture in self._views(scene))
+                yield from ((f"{clean_tag(name)}/{kind}", picture) for kind, picture in self._views(scene))
 
     def _views(self, scene: Scene) -> Iterator[tuple[str, bytes]]:
         yield "planes", encode_png(rasterize(draw_planes(scene)))
@@ -214,7 +212,7 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
             return
         charts = self._charts.setdefault(explainer, {})
         for kind in ("contribution", "share"):
-            tags = [re.escape(f"attribution/{tag}/{kind}/{_clean(name)}") for name in modalities]
+            tags = [re.escape(f"attribution/{tag}/{kind}/{clean_tag(name)}") for name in modalities]
             charts[f"{case}: {kind}"] = ["Multiline", [f"^{pattern}$" for pattern in tags]]
         self._writer.add_custom_scalars(self._charts)
 
@@ -256,9 +254,9 @@ def scalars_of(explanation: Explanation, contributions: dict[str, float]) -> Ite
     yield "seconds", explanation.seconds
     total = sum(map(abs, contributions.values()))
     for name, value in contributions.items():
-        yield f"contribution/{_clean(name)}", value
+        yield f"contribution/{clean_tag(name)}", value
         if total:
-            yield f"share/{_clean(name)}", abs(value) / total
+            yield f"share/{clean_tag(name)}", abs(value) / total
 
 
 def scalars_of_modalities(explanation: ModalityExplanation) -> Iterator[tuple[str, float]]:
@@ -269,7 +267,7 @@ def scalars_of_modalities(explanation: ModalityExplanation) -> Iterator[tuple[st
     for baseline in explanation.baselines:
         shares = explanation.shares(baseline)[0].tolist()
         for m, modality in enumerate(explanation.modalities):
-            end = f"{_clean(baseline)}/{_clean(modality)}"
+            end = f"{clean_tag(baseline)}/{clean_tag(modality)}"
             yield f"value/{end}", float(explanation.values[baseline][0, m])
             yield f"share/{end}", shares[m]
 
@@ -284,7 +282,7 @@ def figures_of_modalities(explanation: ModalityExplanation, title: str) -> Itera
         )
         start, end = float(explanation.baseline_scores[baseline][0]), float(explanation.score[0])
         yield (
-            f"{_clean(baseline)}/waterfall",
+            f"{clean_tag(baseline)}/waterfall",
             draw_waterfall(
                 waterfall_steps(explanation, baseline),
                 start,
@@ -298,7 +296,7 @@ def figures_of_modalities(explanation: ModalityExplanation, title: str) -> Itera
         if explanation.interactions is not None and len(explanation.modalities) > 1:
             values, pairs = (_array(v[baseline]) for v in (explanation.values, explanation.interactions))
             yield (
-                f"{_clean(baseline)}/interactions",
+                f"{clean_tag(baseline)}/interactions",
                 draw_interactions(values, pairs, explanation.modalities, title=title, about=about),
             )
 
@@ -334,7 +332,7 @@ def _interaction_notes(explanation: ModalityExplanation, baseline: str) -> list[
 def scalars_of_cohort(cohort: ModalityCohort) -> Iterator[tuple[str, float]]:
     """Yield mean and share of every modality, to be followed over epochs."""
     for row in cohort.rows():
-        end = f"{_clean(row.baseline)}/{_clean(row.modality)}"
+        end = f"{clean_tag(row.baseline)}/{clean_tag(row.modality)}"
         yield f"mean/{end}", row.mean
         yield f"share/{end}", row.share
 
@@ -360,9 +358,9 @@ def figures_of_cohort(cohort: ModalityCohort, title: str) -> Iterator[tuple[str,
             notes=notes,
             **_cohort_unit(cohort),
         )
-        yield f"{_clean(baseline)}/values", figure
+        yield f"{clean_tag(baseline)}/values", figure
         if cohort.interactions(baseline) is not None and len(cohort.modalities) > 1:
-            yield f"{_clean(baseline)}/interactions", _draw_cohort_interactions(cohort, baseline, title)
+            yield f"{clean_tag(baseline)}/interactions", _draw_cohort_interactions(cohort, baseline, title)
 
 
 def _cohort_unit(cohort: ModalityCohort) -> dict[str, str]:
@@ -413,7 +411,7 @@ def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel:
     explanation, image = explained.explanations[explainer], explained.inputs[name]
     assert isinstance(explanation, Explanation)
     maps = explanation.attributions[name]
-    outlines = {
+    outlines: dict[str, Any] = {
         kind: _outline(values, maps.shape[2:], multilabel)
         for kind, values in (
             ("prediction", explained.prediction_of(explainer)),
@@ -534,12 +532,12 @@ def _array(values: Tensor) -> NDArray[Any]:
     return np.asarray(plain[0].detach().float().cpu().numpy())
 
 
-def _clean(name: str) -> str:
+def clean_tag(name: str) -> str:
     """Return a name that is one level of a tag."""
     return re.sub(r"[^-\w.]+", "_", name).strip("_") or "_"
 
 
-def _image_summary(tag: str, encoded: bytes, description: str) -> Summary:
+def image_summary(tag: str, encoded: bytes, description: str) -> Summary:
     """Return an already encoded picture as a summary of TensorBoard's image page."""
     width, height = Image.open(BytesIO(encoded)).size
     image = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=encoded)

@@ -12,7 +12,7 @@ from networks import random_image
 from torch import nn
 
 from monai_xai import InputError, ModalityShapley, OutputScore
-from monai_xai.cohorts import ModalityCohort, holm, interval, sign_flip_test
+from monai_xai.cohorts import ModalityCohort
 
 
 class Weighted(nn.Module):
@@ -58,44 +58,6 @@ def test_a_cohort_of_both_directions_does_not_cancel():
     (pair,) = [pair for pair in found.pairs() if pair["baseline"] == "zero"]
     assert pair["synergy"] == pytest.approx(mean)
     assert pair["low"] < pair["synergy"] < pair["high"]
-
-
-def test_the_interval_covers_the_mean_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for seed in range(100):
-        low, high = interval(generator.exponential(size=60), seed)
-        hits += low <= 1.0 <= high
-    assert 86 <= hits <= 100
-
-
-def test_error_that_all_cases_share_widens_the_interval():
-    covered = {0.0: 0, 1.0: 0}
-    for seed in range(60):
-        generator = np.random.default_rng(seed)
-        values = generator.normal() + 0.1 * generator.normal(size=20)
-        for error in covered:
-            low, high = interval(values, seed, error)
-            covered[error] += low < 0 < high
-    assert covered[0.0] < 15
-    assert 52 <= covered[1.0] <= 60
-
-
-def test_few_or_equal_values_have_no_or_a_point_interval():
-    assert np.isnan(interval(np.array([1.0, 2.0]))).all()
-    assert interval(np.full(9, 3.0)) == (3.0, 3.0)
-
-
-def test_the_sign_flip_test_enumerates_small_samples_and_is_uniform_under_the_null():
-    assert sign_flip_test(np.array([1.0, 2.0, 3.0])) == 2 / 8
-    assert sign_flip_test(np.zeros(4)) == 1.0
-    generator = np.random.default_rng(0)
-    p_values = [sign_flip_test(generator.normal(size=20), seed, 499) for seed in range(200)]
-    assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.1
-
-
-def test_holm_equals_the_worked_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_files_hold_every_number_and_are_replaced_whole(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from monai_xai.figures.animation import Animation, animate
 from monai_xai.figures.bars import draw_bars
+from monai_xai.figures.evidence import Line, draw_curves, draw_null, draw_spread, rasterize_on_white, stamp
 from monai_xai.figures.modalities import Step, draw_cohort, draw_interactions, draw_waterfall
 from monai_xai.figures.overlays import draw_montage, draw_planes
 from monai_xai.figures.scene import Scene
@@ -11,15 +12,21 @@ from monai_xai.figures.sheet import encode_png, rasterize
 
 __all__ = [
     "Animation",
+    "Line",
     "Scene",
     "Step",
     "animate",
     "draw_bars",
     "draw_cohort",
+    "draw_curves",
     "draw_interactions",
     "draw_montage",
+    "draw_null",
     "draw_planes",
+    "draw_spread",
     "draw_waterfall",
     "encode_png",
     "rasterize",
+    "rasterize_on_white",
+    "stamp",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,16 +103,19 @@ def _side(value: float, letters: tuple[str, str], digits: int = 1) -> str:
     return f"{letters[0] if value >= 0 else letters[1]} {abs(value):.{digits}f}"
 
 
-def geometry_of(affine: NDArray[Any] | None, dimensions: int) -> Geometry:
+def geometry_of(
+    affine: NDArray[Any] | None, dimensions: int, spacing: Sequence[float] | None = None
+) -> Geometry:
     """Return how an array of 2 or 3 spatial dimensions is shown.
 
     Args:
         affine: voxel to world (RAS, mm), shape (4, 4), or (3, 3) for 2D; None, not finite or singular: not known.
         dimensions: number of spatial dimensions.
+        spacing: voxel size along each axis in mm, where that is all that is known; None: 1.
     """
     columns = None if affine is None else np.asarray(affine, dtype=float)[:, [*range(dimensions), -1]]
     if columns is None or not _is_invertible(columns[:-1, :-1]):
-        return _unnamed(dimensions)
+        return _unnamed(dimensions, spacing)
     orientation = io_orientation(columns)
     worlds = [int(world) for world, _ in orientation]
     order = tuple(int(axis) for axis in np.argsort(worlds))
@@ -142,13 +146,13 @@ def _named_planes(worlds: list[int]) -> tuple[Plane, ...]:
     )
 
 
-def _unnamed(dimensions: int) -> Geometry:
+def _unnamed(dimensions: int, spacing: Sequence[float] | None) -> Geometry:
     """Return the array as it lies: earlier axes run down, later axes to the right, as in MONAI's own plots."""
     pairs = [(None, 0, 1)] if dimensions == 2 else [(2, 0, 1), (1, 0, 2), (0, 1, 2)]
     return Geometry(
         order=tuple(range(dimensions)),
         flips=(False,) * dimensions,
-        spacing=(1.0,) * dimensions,
+        spacing=(1.0,) * dimensions if spacing is None else tuple(map(float, spacing)),
         planes=tuple(
             Plane(
                 f"axis {cut}",

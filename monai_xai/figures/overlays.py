@@ -105,7 +105,7 @@ def _panels(scene: Scene) -> list[Panel]:
         return panels
     plane = scene.scrolling
     side = max(_size(scene, plane, scene.detail))
-    unit = "voxels" if scene.geometry.affine is None else "mm"
+    unit = "voxels" if scene.geometry.affine is None and scene.spacing is None else "mm"
     name = f"{plane.name}, {side:.0f} {unit} around the cross"
     return [*panels, Panel(name, plane, scene.strongest[plane.cut or 0], scene.detail)]
 

@@ -40,6 +40,7 @@ class Scene:
         label: the true mask; None if there is none.
         affine: voxel to world (RAS, mm), shape (4, 4) or (3, 3); None if not known.
         unit: what a value of the map means, for the color bar.
+        spacing: voxel size along each axis in mm, where no affine is known; None: not known.
 
     Shapes: attribution (C, *spatial) or (1, *spatial), image (C, *spatial), masks (*spatial); 2D or 3D.
 
@@ -56,6 +57,7 @@ class Scene:
     label: NDArray[Any] | None = None
     affine: NDArray[Any] | None = None
     unit: str = "attribution"
+    spacing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         maps, image = self.attribution.shape, self.image.shape
@@ -63,6 +65,11 @@ class Scene:
             raise InputError(
                 f"A picture needs maps of shape (C, *spatial) or (1, *spatial) over an image (C, *spatial), 2D or 3D; "
                 f"got maps {maps} and an image {image}."
+            )
+        size = self.spacing
+        if size is not None and not (len(size) == len(maps) - 1 and all(0 < s < np.inf for s in size)):
+            raise InputError(
+                f"A picture of {len(maps) - 1} axes needs a positive voxel size for each, got {size}."
             )
         for name in ("prediction", "label"):
             mask = getattr(self, name)
@@ -77,7 +84,7 @@ class Scene:
     @cached_property
     def geometry(self) -> Geometry:
         """How the arrays lie in front of the viewer."""
-        return geometry_of(self.affine, self.attribution.ndim - 1)
+        return geometry_of(self.affine, self.attribution.ndim - 1, self.spacing)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -52,7 +52,10 @@ class Sheet:
     def text(self, left: float, top: float, words: str, **style: Any) -> None:
         """Write a line; ``top`` is its upper edge unless ``va`` says otherwise."""
         plain: dict[str, Any] = {"size": SMALL, "color": INK, "va": "top", "parse_math": False}
-        self.figure.text(left / self.width, 1 - top / self.height, words, **(plain | style))
+        drawable = words.encode(
+            "utf-8", "replace"
+        ).decode()  # halves of letters, as broken file names have them
+        self.figure.text(left / self.width, 1 - top / self.height, drawable, **(plain | style))
 
 
 def write_title(width: float, below: float, title: str, about: Sequence[str]) -> tuple[Sheet, float]:

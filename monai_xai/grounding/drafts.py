@@ -1,0 +1,118 @@
+"""From figures of every case to tests: what passes, what fails, and what cannot be told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from monai_xai.explanation import Explanation
+from monai_xai.grounding.evidence import Evidence, mean
+from monai_xai.grounding.words import Gate, GroundingSettings, GroundingTest, Status
+from monai_xai.statistics import holm, interval
+
+CHOICE = "[E] a choice of ours, no literature"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A test before the correction for many tests.
+
+    Args:
+        test: with its p-value, if there is one.
+        found: the sentence if it passes.
+        missed: the sentence if it fails, or finds nothing.
+        supply: what would make it possible, or stronger.
+        settled: a status that no p-value changes.
+    """
+
+    test: GroundingTest
+    found: str = ""
+    missed: str = ""
+    supply: str = ""
+    settled: Status | None = None
+
+
+@dataclass
+class Cohort:
+    """What tests are made from.
+
+    Args:
+        cases: that could be explained.
+        settings: thresholds.
+        left_out: why others are not looked at, by id.
+        curves: for the page.
+        second: explanations of the second network, by id.
+    """
+
+    cases: list[Evidence]
+    settings: GroundingSettings
+    left_out: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    second: dict[str, Explanation] = field(default_factory=dict)
+
+
+def measured(
+    cohort: Cohort, test: str, title: str, gate: Gate, values: Mapping[str, float], **known: object
+) -> GroundingTest:
+    """Return a test with the mean of its values over cases and its interval."""
+    given = np.array([value for value in values.values() if not math.isnan(value)])
+    for evidence in cohort.cases:
+        if evidence.id in values:
+            evidence.per_case[test] = values[evidence.id]
+    facts = {
+        "value": mean(list(values.values())),
+        "interval": interval(given, cohort.settings.seed),
+        "n": len(given),
+        "per_case": dict(values),
+        **known,
+    }
+    return GroundingTest(test, title, gate, **facts)  # type: ignore[arg-type]
+
+
+def said(test: GroundingTest, message: str) -> GroundingTest:
+    """Return a test with its sentence, whatever its status."""
+    return replace(test, message=message)
+
+
+def unavailable(
+    test: str, title: str, gate: Gate, message: str, *, supply: str = "", status: Status = "NA"
+) -> Draft:
+    """Return a test that could not be done."""
+    return Draft(GroundingTest(test, title, gate, message=message), supply=supply, settled=status)
+
+
+def settle(drafts: Sequence[Draft], settings: GroundingSettings) -> tuple[list[GroundingTest], list[str]]:
+    """Correct p-values within each gate and give every test its status; return also what is to be supplied."""
+    corrected: dict[int, float] = {}
+    for gate in ("P", "Q1", "Q2"):
+        chosen = [i for i, d in enumerate(drafts) if d.test.gate == gate and not math.isnan(d.test.p)]
+        corrected |= dict(zip(chosen, holm([drafts[i].test.p for i in chosen]), strict=True))
+    tests, missing = [], []
+    for i, draft in enumerate(drafts):
+        test = _settle(draft, corrected.get(i, math.nan), settings)
+        tests.append(test)
+        if draft.supply and test.status != "PASS" and draft.supply not in missing:
+            missing.append(draft.supply)
+        if test.status == "INCONCLUSIVE" and not math.isnan(test.p) and test.n < settings.min_cases:
+            missing.append(f"at least {settings.min_cases} cases ({test.id} has {test.n})")
+    return tests, list(dict.fromkeys(missing))
+
+
+def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> GroundingTest:
+    test = replace(draft.test, p_corrected=corrected)
+    status = draft.settled or _status(test, settings)
+    message = test.message or (draft.found if status == "PASS" else draft.missed)
+    if status == "INCONCLUSIVE" and not test.message:
+        message = f"{draft.missed or 'Not decided'} (not decided: {test.n} cases, p = {corrected:.2g})"
+    return replace(test, status=status, message=message)
+
+
+def _status(test: GroundingTest, settings: GroundingSettings) -> Status:
+    if math.isnan(test.p):
+        return "INCONCLUSIVE"
+    if test.p_corrected < settings.alpha:
+        return "PASS"
+    return "FAIL" if test.n >= settings.min_cases else "INCONCLUSIVE"

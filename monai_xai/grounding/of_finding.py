@@ -1,0 +1,454 @@
+"""The second gate: is what the network uses, and the map shows, the marked finding?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau, spearmanr
+from torch import Tensor, nn
+
+from monai_xai.cohorts import ModalityCohort
+from monai_xai.errors import InputError
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
+from monai_xai.grounding.evidence import Evidence, Maps, mean
+from monai_xai.metrics.base import as_one_map
+from monai_xai.metrics.faithfulness import necessity_and_sufficiency
+from monai_xai.metrics.localization import (
+    average_precision,
+    mean_mask_precision,
+    modality_specific_importance,
+    relevance_mass,
+)
+from monai_xai.modalities import ModalityExplanation, ModalityShapley
+from monai_xai.statistics import (
+    NullTest,
+    benjamini_hochberg,
+    cohort_p,
+    holm,
+    icc21,
+    interval,
+    rank_sum_test,
+    shift_null,
+    signed_rank_test,
+    swap_null,
+)
+
+T7, T8 = (
+    "In the finding more than at any other place",
+    "In this patient's finding more than in those of others",
+)
+T9, T10 = "The network uses the finding (no map needed)", "No evidence outside of the body or on a confounder"
+T11, T12 = "Maps of right predictions lie better", "Another scan or network tells the same story"
+T13 = "The map credits the modalities that the network uses"
+REGIONS = "masks of the finding: regions={case id: mask}"
+OTHERS = "masks of other patients on the same grid: other_masks=[...]"
+_TOP = 0.1  # of the voxels, held against confounders
+_RESIDUAL = 1e-3  # of the change of the score, that Shapley values may miss
+
+
+def marked(cohort: Cohort) -> list[Evidence]:
+    """Return the cases with a region that are not known to be wrong."""
+    return [e for e in cohort.cases if e.region is not None and e.case.correct is not False]
+
+
+def location(cohort: Cohort, others: Sequence[Tensor]) -> list[Draft]:
+    """T7 and T8: the map inside the region against the region elsewhere, and against regions of other patients."""
+    cases, settings = marked(cohort), cohort.settings
+    if not cases:
+        why = "No masks of the finding."
+        both = (("T7", T7), ("T8", T8))
+        return [unavailable(t, name, "Q2", why, supply=REGIONS, status="INCONCLUSIVE") for t, name in both]
+    shifted, swapped = {}, {}
+    for e in cases:
+        values, region, body = e.located()[0, 0], e.region[0, 0], e.body[0, 0]  # type: ignore[index]
+        shifted[e.id] = shift_null(
+            values, region, body, inside=settings.inside, min_places=settings.min_places
+        )
+        pool = [o.region[0, 0] for o in cases if o is not e and o.region is not None]
+        pool += [_of_other(mask, region) for mask in others]
+        swapped[e.id] = swap_null(values, region, [mask for mask in pool if mask.shape == region.shape], body)
+    first = _location(
+        cohort, "T7", T7, shifted, "Share of the map in the finding", "mass accuracy of Arras et al. 2022",
+        "The map lies in the finding no more than in any other place of the body.", "masks that leave room in the body",
+    )  # fmt: skip
+    second = _location(
+        cohort, "T8", T8, swapped, "Density of the map in the finding, 1 is that of the body", "masks exchanged",
+        "The map is where findings usually are, not where this one is.", OTHERS, extra=_beyond_prior(cases),
+    )  # fmt: skip
+    larger = max((d.test.p for d in (first, second) if not math.isnan(d.test.p)), default=math.nan)
+    if not math.isnan(larger):
+        first = _with_message(first, f" The larger p of both nulls is {larger:.2g}.")
+    return [first, second]
+
+
+def _with_message(draft: Draft, more: str) -> Draft:
+    return Draft(draft.test, draft.found + more, draft.missed + more, draft.supply, draft.settled)
+
+
+def _of_other(mask: Tensor, like: Tensor) -> Tensor:
+    plain = torch.as_tensor(mask).cpu()
+    while plain.ndim > like.ndim and plain.shape[0] == 1:
+        plain = plain[0]
+    return plain > 0
+
+
+def _location(
+    cohort: Cohort, name: str, title: str, tests: Mapping[str, NullTest], what: str, source: str, missed: str,
+    supply: str, extra: str = "",
+) -> Draft:  # fmt: skip
+    settings = cohort.settings
+    known = {case: test for case, test in tests.items() if not test.reason}
+    means, p = cohort_p(list(known.values()), seed=settings.seed, n_draws=settings.n_draws)
+    values = {case: test.value if not test.reason else math.nan for case, test in tests.items()}
+    test = measured(
+        cohort, name, title, "Q2", values, p=p, null=tuple(means[:2000].tolist()), n=len(known),
+        threshold=f"p < {settings.alpha:g}", origin=f"[L] {source}; null [E]",
+    )  # fmt: skip
+    if not known:
+        why = f"Not decided: {next(iter(tests.values())).reason}."
+        return Draft(test, missed=why, supply=supply, settled="INCONCLUSIVE")
+    corrected = benjamini_hochberg([test.p for test in known.values()])
+    alone = sum(p_case < settings.alpha for p_case in corrected)
+    undone = f" Not decided in {len(tests) - len(known)} cases." if len(known) < len(tests) else ""
+    found = f"{what}: {test.value:.3g}, by chance {float(np.mean(means)):.3g}; beyond chance in {alone} of "
+    found += f"{len(known)} cases alone (Benjamini-Hochberg).{undone}{extra}"
+    return Draft(test, found, f"{missed} {found}", supply="" if len(known) > 1 else supply)
+
+
+def _beyond_prior(cases: Sequence[Evidence]) -> str:
+    """Say by how much the map detects the finding better than the mean mask of the other patients."""
+    if len({e.body.shape for e in cases}) != 1 or len(cases) < 2:
+        return ""
+    regions = torch.cat([e.region for e in cases if e.region is not None])
+    bodies = torch.cat([e.body for e in cases])
+    own = average_precision(torch.cat([e.located() for e in cases]), regions, bodies).values
+    prior = mean_mask_precision(regions, bodies).values
+    gains = (own - prior).numpy()
+    gains = gains[~np.isnan(gains)]
+    if not len(gains):
+        return ""
+    low, high = interval(gains)
+    return f" AUPRC minus that of the mean mask: {gains.mean():+.2f} ({low:.2f} to {high:.2f})."
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+def necessity(cohort: Cohort, network: nn.Module) -> Draft:
+    """T9: removing the finding changes the prediction more than removing as much elsewhere."""
+    cases, settings = marked(cohort), cohort.settings
+    if not cases:
+        return unavailable("T9", T9, "Q2", "No masks of the finding.", supply=REGIONS, status="INCONCLUSIVE")
+    found: dict[str, list[float]] = {e.id: [] for e in cases}
+    sufficient: list[float] = []
+    p_values, reasons = [], []
+    for given in settings.imputers.values():
+        column = []
+        for e in cases:
+            use = necessity_and_sufficiency(
+                e.frozen, e.explainer.inferer, network, e.inputs, e.region, imputer=e.imputer(given),  # type: ignore[arg-type]
+                n_shifts=settings.n_region_shifts, within=e.body, call=e.explainer.call, seed=settings.seed,
+            )  # fmt: skip
+            reasons += [use.necessity.reasons[0]] if use.necessity.reasons[0] else []
+            value = float(use.necessity.values[0])
+            if e.is_unsigned and not math.isnan(value):
+                value = float(use.drop[0].abs() - use.control_drops[0].abs().nanmean())
+            column.append(value)
+            found[e.id].append(value)
+            sufficient.append(float(use.sufficiency.values[0]))
+        p_values.append(signed_rank_test(column))
+    known = [p for p in p_values if not math.isnan(p)]
+    per_case = {name: mean(values) for name, values in found.items()}
+    p = max(known) if len(known) == len(p_values) else math.nan
+    test = measured(
+        cohort, "T9", T9, "Q2", per_case, p=p, threshold=f"p < {settings.alpha:g} under every imputer",
+        origin=CHOICE,
+    )  # fmt: skip
+    if math.isnan(p):
+        why = f"Not decided: {next(iter(reasons), 'no case has a value')}."
+        return Draft(test, missed=why, supply="masks that leave room in the body", settled="INCONCLUSIVE")
+    facts = (
+        f"Removing the finding moves the score by {test.value:.3g} more than removing the same volume elsewhere; the "
+        f"finding alone gives back {mean(sufficient):.0%} of the score. {_concordance(per_case, cases)}"
+    )
+    missed = (
+        "Removing the finding changes the prediction no more than removing the same volume elsewhere: the model does "
+        "not use the marked finding."
+    )
+    return Draft(test, facts, f"{missed} {facts}")
+
+
+def _concordance(per_case: Mapping[str, float], cases: Sequence[Evidence]) -> str:
+    """Say whether maps lie in the finding where the network uses it most."""
+    pairs = [(per_case[e.id], e.per_case.get("T7", math.nan)) for e in cases]
+    known = np.array([pair for pair in pairs if not any(map(math.isnan, pair))])
+    if len(known) < 5 or not np.ptp(known, axis=0).all():
+        return ""
+    rank = float(spearmanr(known[:, 0], known[:, 1]).statistic)
+    return f"Over cases, share of the map and effect go together by {rank:+.2f} (rank correlation)."
+
+
+def shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> Draft:
+    """T10: how much of the map lies outside of the body, and whether it points at confounders."""
+    settings = cohort.settings
+    outside = {e.id: _outside(e) for e in cohort.cases}
+    attributor = cohort.cases[0].explainer.attributor
+    counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
+    on = _on_confounders(cohort, confounders)
+    found = [name for name, p in on.items() if p < settings.alpha]
+    share = mean(list(outside.values()))
+    test = measured(
+        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
+        f"{settings.alpha:g}", origin=CHOICE,
+    )  # fmt: skip
+    if math.isnan(share) and not on:
+        why = "The body fills the image, and no confounders were given."
+        return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
+    sentence = (
+        "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
+    )
+    sentence += " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())
+    too_much = counts and share > settings.outside
+    certain = not test.interval[0] <= settings.outside
+    if found:
+        missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
+        return Draft(test, missed=missed, settled="FAIL")
+    if too_much:
+        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
+        missed = f"{sentence} Check for a shortcut."
+        return Draft(said(test, missed), missed=missed, settled=status)  # type: ignore[arg-type]
+    if not counts and not on:
+        why = f"Reported only, since gradients are not zero in air. {sentence}"
+        return Draft(
+            said(test, why),
+            settled="NA",
+            supply="masks of possible confounders: confounders={name: {id: mask}}",
+        )
+    return Draft(test, sentence, settled="PASS")
+
+
+def _outside(e: Evidence) -> float:
+    values = e.located().clamp(min=0)
+    total = float(values.sum())
+    return float(values[~e.body].sum()) / total if total and not e.body.all() else math.nan
+
+
+def _peak(cohort: Cohort) -> str:
+    """Say where the evidence outside of the body is highest, on average."""
+    parts = [(e.located().clamp(min=0) * ~e.body)[0, 0] for e in cohort.cases]
+    if len({part.shape for part in parts}) != 1:
+        return ""
+    total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
+    place = np.unravel_index(int(total.argmax()), total.shape)
+    return f", most of it around voxel {tuple(int(i) for i in place)}"
+
+
+def hot_spot(cohort: Cohort) -> str:
+    """Say where the evidence outside of the findings is highest, on average; nothing for mixed shapes."""
+    parts = []
+    for e in cohort.cases:
+        part = e.located().clamp(min=0)[0, 0]
+        parts.append(part if e.region is None else part * ~e.region[0, 0])
+    if len({part.shape for part in parts}) != 1:
+        return ""
+    total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
+    place = tuple(int(i) for i in np.unravel_index(int(total.argmax()), total.shape))
+    return f" Beyond the findings, the evidence peaks around voxel {place}."
+
+
+def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return for each confounder the p-value of the highest voxels covering it more than any other place."""
+    found = {}
+    for name, masks in confounders.items():
+        tests = []
+        for e in cohort.cases:
+            if e.id not in masks:
+                continue
+            values = e.located()[0, 0]
+            mask = _of_other(masks[e.id], values)
+            if mask.shape != values.shape:
+                raise InputError(
+                    f"Case {e.id}: the mask of {name!r} has shape {tuple(mask.shape)}, the image {tuple(values.shape)}."
+                )
+            count = max(1, round(_TOP * values.numel()))
+            top = torch.zeros(values.numel(), dtype=torch.float64)
+            top[values.flatten().topk(count).indices] = 1.0
+            tests.append(shift_null(top.reshape(values.shape), mask, min_places=cohort.settings.min_places))
+        found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]
+    known = {name: p for name, p in found.items() if not math.isnan(p)}
+    return dict(zip(known, holm(list(known.values())), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ reported
+
+
+def informativeness(cohort: Cohort) -> Draft:
+    """T11: whether maps of right predictions lie better in the finding; reported only."""
+    groups: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for e in cohort.cases:
+        if e.region is not None and e.case.correct is not None:
+            groups[e.case.correct][e.id] = _mass(e, e.located())
+    p = rank_sum_test(list(groups[True].values()), list(groups[False].values()))
+    if math.isnan(p):
+        why = "Not asked: it takes masks, and right and wrong predictions (GroundingCase(correct=...))."
+        return unavailable("T11", T11, "Q2", why)
+    test = measured(
+        cohort, "T11", T11, "Q2", groups[True] | groups[False],
+        value=mean(list(groups[True].values())) - mean(list(groups[False].values())),
+        threshold=f"p < {cohort.settings.alpha:g}, reported only", origin="[L] Jin et al. 2023",
+    )  # fmt: skip
+    missed = f"A good-looking map does not indicate a correct prediction (p = {p:.2g})."
+    passes = p < cohort.settings.alpha
+    status = "PASS" if passes else "FAIL" if test.n >= cohort.settings.min_cases else "INCONCLUSIVE"
+    found = (
+        f"Maps of right predictions have {test.value:+.2f} more of themselves in the finding (p = {p:.2g})."
+    )
+    return Draft(said(test, found if passes else missed), settled=status)  # type: ignore[arg-type]
+
+
+def _mass(e: Evidence, values: Tensor) -> float:
+    return math.nan if e.region is None else float(relevance_mass(values, e.region, e.body).values[0])
+
+
+def repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
+    """T12: agreement of the share of the map in the finding over scans and networks."""
+    rows = {}
+    for e in marked(cohort):
+        row = [_mass(e, e.located())]
+        if e.id in again:
+            row.append(_mass(e, _on_grid(e, again[e.id])))
+        if e.id in cohort.second:
+            row.append(_mass(e, e.located(cohort.second[e.id])))
+        rows[e.id] = row
+    width = max(map(len, rows.values()), default=0)
+    table = [row for row in rows.values() if len(row) == width and not any(map(math.isnan, row))]
+    value = icc21(table) if len(table) >= 2 and width >= 2 else math.nan
+    if math.isnan(value):
+        why = "Not decided: it takes two cases with masks whose maps vary."
+        return unavailable("T12", T12, "Q2", why, supply=REGIONS, status="INCONCLUSIVE")
+    settings = cohort.settings
+    draws = [icc21([table[i] for i in chosen]) for chosen in _resampled(len(table), settings.seed)]
+    known = [draw for draw in draws if not math.isnan(draw)]
+    low, high = (
+        np.quantile(known, [0.025, 0.975]).tolist() if len(table) >= 5 and known else (math.nan, math.nan)
+    )
+    values = {name: row[0] for name, row in rows.items()}
+    test = measured(
+        cohort, "T12", T12, "Q2", values, value=value, interval=(low, high), n=len(table),
+        threshold=f"ICC(2,1) >= {settings.agreement:g}", origin="[L] Koo & Li 2016",
+    )  # fmt: skip
+    enough = len(table) >= settings.min_cases
+    status = ("PASS" if value >= settings.agreement else "FAIL") if enough else "INCONCLUSIVE"
+    told = (
+        f"Noise{' and a second network' if cohort.second else ''}: ICC = {value:.2f} over {len(table)} cases."
+    )
+    missed = f"{told} A re-scan or a retrained model would tell another story."
+    message = told if value >= settings.agreement else missed
+    return Draft(said(test, message), settled=status)  # type: ignore[arg-type]
+
+
+def _resampled(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n, size=(500, n))
+
+
+def _on_grid(e: Evidence, maps: Maps) -> Tensor:
+    shape = e.body.shape[2:]
+    parts = [as_one_map(m) for m in maps.values() if m.ndim > 2 and m.shape[2:] == shape]
+    return torch.stack(parts).sum(0).cpu()
+
+
+# ---------------------------------------------------------------------------------------------- modalities
+
+
+def modalities(cohort: Cohort, network: nn.Module) -> Draft:
+    """T13: what the map gives each modality against its Shapley value."""
+    first = cohort.cases[0]
+    if sum(x.shape[1] if x.ndim > 2 else 1 for x in first.inputs.values()) < 2:
+        return unavailable("T13", T13, "Q2", "Not asked: there is one modality.")
+    credited = {e.id: _credited(e) for e in cohort.cases}
+    if any(value is None for value in credited.values()):
+        why = "Not asked: the method gives one map for all channels."
+        return unavailable("T13", T13, "Q2", why)
+    found, taus, focus, residuals = ModalityCohort(seed=cohort.settings.seed), {}, [], []
+    for e in cohort.cases:
+        shapley = ModalityShapley(
+            e.frozen, inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
+            call=e.explainer.call, embeddings=e.explainer.embeddings, progress=False, seed=cohort.settings.seed,
+        )  # fmt: skip
+        explained = shapley(network, e.inputs)
+        assert isinstance(explained, ModalityExplanation)
+        found.add(e.id, explained)
+        name = explained.baselines[0]
+        values = explained.values[name][0].double().cpu().numpy()
+        taus[e.id] = _tau(np.array(credited[e.id]), values, e.is_unsigned)
+        change = float((explained.score - explained.baseline_scores[name]).abs()[0])
+        residuals.append(float(explained.residual(name).abs()[0]) / change if change else math.nan)
+        focus.append(_focus(e, values))
+    return _judge_modalities(cohort, found, taus, mean(residuals), mean(focus), credited)
+
+
+def _credited(e: Evidence) -> list[float] | None:
+    """Return what the map gives each modality, in the order of its inputs and channels; None if it cannot tell."""
+    summable = e.explainer.attributor.summable and not e.explainer.attributor.paints
+    row: list[float] = []
+    for name, x in e.inputs.items():
+        values = e.maps[name]
+        if x.ndim > 2 and values.shape[1] != x.shape[1]:
+            return None
+        values = values if summable else values.clamp(min=0)
+        row += values[0].flatten(1).sum(1).tolist() if x.ndim > 2 else [float(values.sum())]
+    return row
+
+
+def _tau(credited: np.ndarray, values: np.ndarray, unsigned: bool) -> float:
+    return float(kendalltau(credited, np.abs(values) if unsigned else values).statistic)
+
+
+def _focus(e: Evidence, values: np.ndarray) -> float:
+    """Return MSFI of the first image, where it has several channels and a region."""
+    maps = e.maps[e.grid]
+    if e.region is None or maps.shape[1] < 2:
+        return math.nan
+    before = 0
+    for name, x in e.inputs.items():
+        if name == e.grid:
+            break
+        before += x.shape[1] if x.ndim > 2 else 1
+    importance = torch.from_numpy(values[before : before + maps.shape[1]])[None]
+    return float(modality_specific_importance(maps, e.region, importance, e.body).values[0])
+
+
+def _judge_modalities(
+    cohort: Cohort, found: ModalityCohort, taus: Mapping[str, float], residual: float, focus: float,
+    credited: Mapping[str, list[float] | None],
+) -> Draft:  # fmt: skip
+    baseline = found.baselines[0]
+    rows = [row for row in found.rows() if row.baseline == baseline]
+    collapsed = [row.modality for row in rows if row.collapsed]
+    test = measured(
+        cohort, "T13", T13, "Q2", taus, origin="[L] Jin et al. 2022; collapse [E]",
+        threshold="interval of tau above 0, residual <= 0.1 %, no modality below 1 %",
+    )  # fmt: skip
+    most = found.modalities[int(np.argmax(np.mean([c for c in credited.values() if c is not None], axis=0)))]
+    used = max(rows, key=lambda row: row.mean).modality
+    agreement = mean([float(e.agreement[0]) for e in found.cases.values()])
+    facts = f"Kendall's tau of map and Shapley values {test.value:.2f}; between baselines {agreement:.2f}."
+    facts += "" if math.isnan(focus) else f" MSFI {focus:.2f}."
+    low = test.interval[0]
+    if collapsed:
+        missed = f"{', '.join(collapsed)} contribute less than 1 %: the model hardly uses them. {facts}"
+        return Draft(said(test, missed), settled="FAIL")
+    if residual > _RESIDUAL:
+        return Draft(
+            said(test, f"Shapley values miss {residual:.1%} of the change. {facts}"), settled="INCONCLUSIVE"
+        )
+    if math.isnan(low):
+        return Draft(said(test, f"Not decided: too few cases. {facts}"), settled="INCONCLUSIVE")
+    if low > 0:
+        return Draft(said(test, facts), settled="PASS")
+    missed = f"The map credits {most} most, the model relies on {used}. {facts}"
+    enough = test.n >= cohort.settings.min_cases
+    return Draft(said(test, missed), settled="FAIL" if enough else "INCONCLUSIVE")

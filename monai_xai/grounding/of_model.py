@@ -1,0 +1,332 @@
+"""Preconditions, and the first gate: does the map describe this model?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, unavailable
+from monai_xai.grounding.evidence import (
+    Evidence,
+    Maps,
+    alike,
+    between_patients,
+    edges,
+    intensity,
+    map_again,
+    mean,
+    noise,
+    noised,
+    shifted_maps,
+)
+from monai_xai.grounding.words import GroundingSettings
+from monai_xai.metrics.faithfulness import deletion_curve, fidelity
+from monai_xai.metrics.perturbations import RandomRemoval, usual_imputer
+from monai_xai.metrics.randomization import cascading_randomization, random_logit, randomize
+from monai_xai.statistics import signed_rank_test
+
+P1, P2, P3 = "A map there is", "A prediction to explain", "Random weights change the prediction"
+T1, T2 = "Contributions add up", "The map changes with random weights, and not with another training"
+T3, T4 = "The map changes with permuted labels", "Another class has another map"
+T5, T6 = "Removing what is highlighted matters", "The map predicts effects and survives another acquisition"
+_AT_LEAST = 0.5  # of the cases must meet a precondition
+
+
+def preconditions(cohort: Cohort) -> list[Draft]:
+    """P1 and P2; cases that do not meet them are left out of all that follows."""
+    flat: dict[str, float] = {}
+    unmoved: dict[str, float] = {}
+    number = len(cohort.cases) + len(cohort.left_out)
+    for evidence in cohort.cases:
+        one = torch.cat([m.flatten().cpu() for m in evidence.maps.values()])
+        varies = float(one.max() - one.min()) > 1e-12 * float(one.abs().max())
+        flat[evidence.id] = float(bool(torch.isfinite(one).all()) and varies)
+        change = abs(evidence.score - evidence.baseline_score)
+        unmoved[evidence.id] = float(change > 3 * evidence.baseline_error)
+    drafts = []
+    for test, title, values, lack in (
+        ("P1", P1, flat, "its map is the same everywhere"),
+        ("P2", P2, unmoved, "its prediction equals the baseline prediction"),
+    ):
+        cohort.left_out |= {
+            name: lack for name, ok in values.items() if not ok and name not in cohort.left_out
+        }
+        share = sum(values.values()) / max(number, 1)
+        ok = share >= _AT_LEAST
+        facts = measured(cohort, test, title, "P", values, threshold="half of the cases", origin=CHOICE)
+        found, missed = (
+            f"In {share:.0%} of {number} cases.",
+            f"In {share:.0%} of {number} cases only. {_why(cohort)}",
+        )
+        drafts.append(Draft(facts, found, f"Nothing to explain. {missed}", settled="PASS" if ok else "FAIL"))
+    cohort.cases = [e for e in cohort.cases if e.id not in cohort.left_out]
+    return drafts
+
+
+def _why(cohort: Cohort) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in list(cohort.left_out.items())[:3])
+
+
+def completeness(cohort: Cohort) -> Draft:
+    """T1: how much the contributions miss."""
+    gaps = {e.id: float(e.explanation.gap[0]) for e in cohort.cases if e.explanation.gap is not None}
+    if not gaps:
+        return unavailable("T1", T1, "Q1", "The method does not promise that its values add up.")
+    settings = cohort.settings
+    median = float(np.median(list(gaps.values())))
+    test = measured(
+        cohort, "T1", T1, "Q1", gaps, value=median, threshold=f"median gap <= {settings.gap:g}",
+        origin="[L] Sundararajan et al. 2017",
+    )  # fmt: skip
+    sentence = f"Attributions add up to within {median:.1%} of the change of the prediction (median)."
+    cure = "Raise n_steps, or choose another baseline."
+    return Draft(test, sentence, f"{sentence} {cure}", settled="PASS" if median <= settings.gap else "FAIL")
+
+
+def randomization(cohort: Cohort, network: nn.Module, second: nn.Module | None) -> tuple[Draft, Draft]:
+    """P3 and T2: maps of random weights, held against those of another training."""
+    settings = cohort.settings
+    moved: dict[str, float] = {e.id: 0.0 for e in cohort.cases}
+    sims: dict[str, list[float]] = {e.id: [] for e in cohort.cases}
+    for seed in range(settings.n_random):
+        with randomize(network, settings.seed + seed):
+            for evidence in cohort.cases:
+                found = map_again(evidence, network)
+                if found is None:
+                    continue
+                change = abs(float(found.score[0]) - evidence.score)
+                moved[evidence.id] = max(moved[evidence.id], float(change > 1e-5 * abs(evidence.score)))
+                sims[evidence.id].append(alike(evidence.maps, evidence.signed(found)))
+    share = mean(list(moved.values()))
+    p3 = Draft(
+        measured(cohort, "P3", P3, "P", moved, threshold="half of the cases", origin=CHOICE),
+        f"In {share:.0%} of the cases.",
+        f"In {share:.0%} of the cases only: the prediction does not depend on the weights.",
+        settled="PASS" if share >= _AT_LEAST else "FAIL",
+    )
+    return p3, _compare(cohort, {name: mean(values) for name, values in sims.items()}, second)
+
+
+def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | None) -> Draft:
+    settings = cohort.settings
+    level, between = mean(list(by_chance.values())), mean(between_patients(cohort.cases))
+    rule = f"similarity < {settings.unchanged:g}, and below that to a second network, p < {settings.alpha:g}"
+    line = (
+        f" Maps of two patients are alike by {between:.2f} (Arun et al. 2021)." if between == between else ""
+    )
+    if second is not None:
+        found = {e.id: map_again(e, second) for e in cohort.cases}
+        cohort.second = {name: explanation for name, explanation in found.items() if explanation is not None}
+    kept = {e.id: alike(e.maps, e.signed(cohort.second[e.id])) for e in cohort.cases if e.id in cohort.second}
+    p = signed_rank_test([kept[name] - by_chance[name] for name in kept]) if kept else math.nan
+    test = measured(
+        cohort, "T2", T2, "Q1", by_chance, p=p, threshold=rule,
+        origin="[L] Adebayo et al. 2018, Arun et al. 2021; 0.9 is [E]",
+    )  # fmt: skip
+    supply = "a second network, trained independently (another fold or seed): second_network=..."
+    if math.isnan(level):
+        why = "The randomized networks gave no map to compare with."
+        return Draft(test, missed=why, supply=supply, settled="INCONCLUSIVE")
+    alone = f"Maps of random weights are alike by r = {level:.2f}."
+    if level >= settings.unchanged:
+        why = f"Map unchanged (r = {level:.2f}) after destroying the weights: it shows the image, not the model."
+        return Draft(test, missed=why, settled="FAIL")
+    if second is None:
+        why = f"{alone}{line} Supply a second trained network to tell the image's structure from the model."
+        return Draft(test, missed=why, supply=supply, settled="PROVISIONAL")
+    both = f"{alone[:-1]}, those of a second network by r = {mean(list(kept.values())):.2f}.{line}"
+    return Draft(
+        test, both, f"{both} A network that was trained gives no more of the same map than random weights."
+    )
+
+
+def _to(evidence: Evidence, network: nn.Module) -> float:
+    found = map_again(evidence, network)
+    return math.nan if found is None else alike(evidence.maps, evidence.signed(found))
+
+
+def permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
+    """T3: the map of a network that was trained on permuted labels."""
+    if permuted is None:
+        return unavailable("T3", T3, "Q1", "Not asked: no network that was trained on permuted labels.")
+    values = {e.id: _to(e, permuted) for e in cohort.cases}
+    return _not_the_same(cohort, "T3", T3, values, cohort.settings.unchanged, "a network trained on permuted labels",
+                         "[L] Adebayo et al. 2018; 0.9 is [E]")  # fmt: skip
+
+
+def classes(cohort: Cohort, network: nn.Module) -> Draft:
+    """T4: the map of another class."""
+    channels = {e.output.shape[1] if e.output.ndim > 1 else 1 for e in cohort.cases}
+    if max(channels, default=1) < 3:
+        why = "Not asked: of two classes, one has the map of the other with its sign turned."
+        return unavailable(
+            "T4", T4, "Q1", why if channels == {2} else "Not asked: the network has one output."
+        )
+    values = {}
+    for e in cohort.cases:
+        scores = random_logit(
+            e.explainer, network, e.inputs, explanation=e.explanation, seed=cohort.settings.seed
+        )
+        values[e.id] = float(scores.values[0])
+    if all(map(math.isnan, values.values())):
+        return unavailable("T4", T4, "Q1", "The other classes of this target are not known.")
+    return _not_the_same(cohort, "T4", T4, values, cohort.settings.same_class, "another class",
+                         "[L] Sixt et al. 2020; 0.9 is [E]")  # fmt: skip
+
+
+def _not_the_same(
+    cohort: Cohort, name: str, title: str, values: Mapping[str, float], limit: float, other: str, origin: str
+) -> Draft:
+    test = measured(cohort, name, title, "Q1", values, threshold=f"similarity < {limit:g}", origin=origin)
+    sentence = f"The map is like that of {other} by r = {test.value:.2f}"
+    if math.isnan(test.value):
+        return Draft(test, missed=f"There is no map of {other} to compare with.", settled="INCONCLUSIVE")
+    passes = test.value < limit
+    missed = f"{sentence}: it is the same picture, and no evidence for what it is said to explain."
+    return Draft(test, f"{sentence}.", missed, settled="PASS" if passes else "FAIL")
+
+
+# ----------------------------------------------------------------------------------------------- deletion
+
+
+def deletion(cohort: Cohort, network: nn.Module) -> Draft:
+    """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer."""
+    settings, gains, p_values, said = cohort.settings, {}, {}, []
+    for name in settings.imputers:
+        areas = {e.id: _areas(cohort, e, network, name) for e in cohort.cases}
+        gains[name] = {case: found["map"] - found["map shifted"] for case, found in areas.items()}
+        p_values[name] = signed_rank_test(list(gains[name].values()))
+        said.append(_against_controls(name, areas))
+        _finish_curves(cohort, name)
+    scale = _scale(cohort)
+    per_case = {e.id: mean([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
+    p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
+    test = measured(
+        cohort, "T5", T5, "Q1", per_case, p=p, origin="[L] Samek et al. 2017; control by shifts [E]",
+        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer",
+    )  # fmt: skip
+    more = " ".join(said)
+    unit = "of the mean change of the score when all is removed"
+    found = f"Removing it takes {test.value:+.0%} ({unit}) more than removing the map shifted. {more}"
+    missed = (
+        "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
+    )
+    missed = f"{missed} {more}"
+    return Draft(test, found, missed)
+
+
+def _scale(cohort: Cohort) -> float:
+    return float(np.mean([abs(e.score - e.baseline_score) for e in cohort.cases])) or 1.0
+
+
+def _areas(cohort: Cohort, e: Evidence, network: nn.Module, imputer: str) -> dict[str, float]:
+    """Return the mean fall of the score along the deletion curve, by what gives the order."""
+    settings = cohort.settings
+    orders: list[tuple[str, Maps]] = [("map", e.maps)]
+    orders += [("map shifted", maps) for maps in shifted_maps(e, settings.n_shifts, settings.seed)]
+    orders += [("Sobel", edges(e)), ("intensity", intensity(e))] if settings.controls else []
+    orders += [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
+    falls: dict[str, list[np.ndarray]] = {}
+    for name, maps in orders:
+        curve = deletion_curve(
+            e.explainer, network, e.inputs, explanation=maps, features=e.blocks(settings),
+            imputer=e.imputer(settings.imputers[imputer]), steps=settings.steps, until=e.until(settings),
+            seed=settings.seed,
+        )  # fmt: skip
+        fall = (curve.clean[:, None] - curve.raw)[0]
+        falls.setdefault(name, []).append((fall.abs() if e.is_unsigned else fall).double().cpu().numpy())
+    x = tuple(np.linspace(0, settings.until, settings.steps).tolist())
+    for name, found in falls.items():
+        _collect(cohort, f"deletion, {imputer}: {name}", x, np.mean(found, axis=0))
+    return {name: float(np.mean(found)) for name, found in falls.items()}
+
+
+def _collect(cohort: Cohort, name: str, x: tuple[float, ...], fall: np.ndarray) -> None:
+    """Add a case to a curve, which is a sum until all cases are in it."""
+    before = cohort.curves.get(name, {"x": x, "y": (0.0,) * len(x), "n": (0.0,)})
+    y = tuple(float(a + b) for a, b in zip(before["y"], fall, strict=True))
+    cohort.curves[name] = {"x": x, "y": y, "n": (before["n"][0] + 1,)}
+
+
+def _finish_curves(cohort: Cohort, imputer: str) -> None:
+    for name, curve in cohort.curves.items():
+        if name.startswith(f"deletion, {imputer}:") and "n" in curve:
+            number = curve["n"][0]
+            cohort.curves[name] = {"x": curve["x"], "y": tuple(-y / number for y in curve["y"])}
+
+
+def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) -> str:
+    """Say in how many cases the map takes more than each control."""
+    controls = [name for name in next(iter(areas.values()), {}) if name != "map"]
+    parts = []
+    for name in controls:
+        won = mean([float(found["map"] > found[name]) for found in areas.values()])
+        parts.append(f"{name} {won:.0%}")
+    return f"Cases in which the map takes more, imputed by {imputer}: {', '.join(parts)}."
+
+
+# ---------------------------------------------------------------------------------- fidelity and stability
+
+
+def stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str, Maps]]:
+    """T6: the map predicts effects better than shifted copies, and noise alters it less than another patient."""
+    settings, better, stable = cohort.settings, {}, {}
+    again: dict[str, Maps] = {}
+    between = between_patients(cohort.cases, "spearman")
+    for e, others in zip(cohort.cases, between, strict=True):
+        better[e.id] = _fidelity(e, network, settings, e.maps) - mean(
+            [_fidelity(e, network, settings, m) for m in shifted_maps(e, settings.n_shifts, settings.seed)]
+        )
+        found = map_again(e, network, noised(e, settings.noise, settings.seed))
+        if found is not None:
+            again[e.id] = e.signed(found)
+        kept = alike(e.maps, again[e.id], "spearman") if found is not None else math.nan
+        stable[e.id] = kept - others
+        e.per_case["T6 stability"] = kept
+    p_values = [signed_rank_test(list(better.values())), signed_rank_test(list(stable.values()))]
+    p = math.nan if any(map(math.isnan, p_values)) else max(p_values)
+    test = measured(
+        cohort, "T6", T6, "Q1", better, p=p, origin="[L] Yeh et al. 2019; comparison by shifts [E]",
+        threshold=f"p < {settings.alpha:g}: R2 against the map shifted, and stability against other patients",
+    )  # fmt: skip
+    kept = mean([e.per_case["T6 stability"] for e in cohort.cases])
+    facts = (
+        f"The map explains {test.value:+.2f} more of the effects (R2) than shifted copies (p = {p_values[0]:.2g}); "
+        f"noise of {settings.noise:.0%} leaves it alike by {kept:.2f}, maps of other patients by {mean(between):.2f} "
+        f"(p = {p_values[1]:.2g})."
+    )
+    missed = f"{facts} The map does not predict effects, or noise alters it as much as swapping the patient."
+    return Draft(test, facts, missed), again
+
+
+def _fidelity(e: Evidence, network: nn.Module, settings: GroundingSettings, maps: Maps) -> float:
+    removal = RandomRemoval(
+        features=e.blocks(settings), imputer=usual_imputer(e.explainer.attributor), seed=settings.seed
+    )
+    found = fidelity(
+        e.explainer, network, e.inputs, explanation=maps, perturbation=removal, n_draws=settings.n_disturbed
+    )
+    return float(found.r2.values[0])
+
+
+def cascade(cohort: Cohort, network: nn.Module, most: int = 3) -> None:
+    """Keep the curve of maps while layer after layer is randomized: for the eye, no test."""
+    found = []
+    for e in cohort.cases[:most]:
+        stages = cascading_randomization(
+            e.explainer,
+            network,
+            e.inputs,
+            explanation=e.explanation,
+            kinds=("pearson",),
+            seeds=(cohort.settings.seed,),
+        )
+        found.append(stages.similarity["pearson"][0].cpu().numpy())
+    if found and len({len(row) for row in found}) == 1:
+        rows: Sequence[float] = [mean([float(row[i]) for row in found]) for i in range(len(found[0]))]
+        x = tuple(float(i) for i in range(len(rows) + 1))
+        cohort.curves["cascade: pearson"] = {"x": x, "y": (1.0, *rows)}

@@ -1,0 +1,257 @@
+"""What the procedure takes and gives: cases and settings; tests, verdict, and what a page shows of a case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.errors import InputError
+from monai_xai.tasks import Inputs, Label
+
+Gate = Literal["P", "Q1", "Q2"]
+Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "NA", "PROVISIONAL"]
+Verdict = Literal[
+    "GROUNDED", "FAITHFUL BUT OFF TARGET", "MODEL OK BUT MAP MISLEADING", "ARTIFACT", "INCONCLUSIVE"
+]
+
+
+@dataclass(frozen=True, eq=False)
+class GroundingCase:
+    """A case whose explanation is judged, a batch of one.
+
+    Args:
+        id: the case's name.
+        inputs: as an explainer takes them, shape (1, C, *spatial) or (1, F).
+        label: ground truth, if the target needs one.
+        spacing: size of a voxel in millimeters, one per axis; None takes it from the image, else 1.
+        correct: whether the network is right about it; None: not known. The location tests look at cases that are not
+            known to be wrong.
+    """
+
+    id: str
+    inputs: Inputs
+    label: Label = None
+    spacing: tuple[float, ...] | None = None
+    correct: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GroundingSettings:
+    """Thresholds and effort of the procedure. What no literature settles is our own choice, and printed as such.
+
+    Args:
+        alpha: level of every test, after Holm's correction within a gate.
+        min_cases: below this many cases a test that finds nothing is INCONCLUSIVE and not a FAIL, and no verdict is
+            GROUNDED.
+        unchanged: T2, T3: maps of random weights that are as similar as this are the same picture.
+        same_class: T4: likewise for maps of two classes.
+        gap: T1: largest median completeness gap (Sundararajan et al. 2017).
+        outside: T10: largest mean share of the map outside of the body.
+        agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
+        min_places: T7: below this many places the region fills the body.
+        inside: T7: which share of the region must stay inside the body where it is shifted.
+        n_random: T2: how many randomized networks.
+        block: T5, T6: edge of the blocks that are taken away, in voxels; None: a sixteenth of the longest edge.
+        steps: T5: points of a deletion curve.
+        until: T5: which share of the body is taken away in the end.
+        imputers: what takes the place of what is taken away, by name; "mean" is the mean of the body.
+        n_shifts: T5, T6: copies of the map shifted against itself, over which the mean is taken.
+        n_orders: T5: random orders of blocks.
+        controls: T5: whether edges (Sobel) and intensity are held against the map, too.
+        n_disturbed: T6: how often the input is disturbed.
+        noise: T6, T12: noise of another acquisition, as a share of the standard deviation of each channel.
+        n_region_shifts: T9: shifted copies of the region.
+        n_draws: T7, T8: draws of a mean over the cohort.
+        stop_early: whether no more is done once T2 shows that the map does not depend on the weights.
+        seed: of everything that is drawn.
+    """
+
+    alpha: float = 0.05
+    min_cases: int = 20
+    unchanged: float = 0.9
+    same_class: float = 0.9
+    gap: float = 0.05
+    outside: float = 0.05
+    agreement: float = 0.75
+    min_places: int = 100
+    inside: float = 0.95
+    n_random: int = 3
+    block: int | None = None
+    steps: int = 25
+    until: float = 0.3
+    imputers: Mapping[str, BaselineLike | Literal["mean"]] = field(
+        default_factory=lambda: {"mean": "mean", "blur": Blur()}
+    )
+    n_shifts: int = 2
+    n_orders: int = 15
+    controls: bool = True
+    n_disturbed: int = 30
+    noise: float = 0.1
+    n_region_shifts: int = 4
+    n_draws: int = 9999
+    stop_early: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.imputers) < 2:
+            raise InputError(
+                "GroundingSettings(imputers=...) needs two or more: one of them alone may fool the network. "
+                'Such as {"mean": "mean", "blur": Blur()}.'
+            )
+        if not 0 < self.alpha < 1 or min(self.n_random, self.n_shifts, self.n_region_shifts) < 1:
+            raise InputError(
+                "GroundingSettings needs alpha in (0, 1), and n_random, n_shifts, n_region_shifts >= 1."
+            )
+
+    @classmethod
+    def quick(cls, **settings: Any) -> GroundingSettings:
+        """Return settings with a tenth of the effort: no reported controls, fewer networks and steps."""
+        few = {"n_random": 1, "steps": 12, "n_shifts": 1, "n_orders": 0, "controls": False, "n_disturbed": 12,
+               "n_region_shifts": 2, "n_draws": 1999}  # fmt: skip
+        return cls(**{**few, **settings})
+
+
+@dataclass(frozen=True, eq=False)
+class GroundingTest:
+    """One test of an explanation: what was measured, what chance gives, and what follows.
+
+    Attributes:
+        id: name of the test in the procedure, "T5".
+        title: what it asks, in a few words.
+        gate: "P" (preconditions), "Q1" (does the map describe the model?), "Q2" (is it relevant?).
+        value: the figure, a mean or a median over cases as the title says; NaN where undefined.
+        interval: 95 % confidence interval of the value; NaN where there is none.
+        null: what chance gives, for the plot; empty where there is no null.
+        p: one-sided p-value; NaN where there is none.
+        p_corrected: the same after Holm's correction within the gate.
+        n: number of cases.
+        threshold: the rule, as it is printed ("p < 0.05").
+        origin: where the rule comes from: "[L] source" for literature, "[E]" for our default.
+        status: PASS, FAIL, INCONCLUSIVE, NA, or PROVISIONAL (a pass that something supplied would settle).
+        message: what follows, or what to supply.
+        per_case: value by case id.
+    """
+
+    id: str
+    title: str
+    gate: Gate
+    value: float = math.nan
+    interval: tuple[float, float] = (math.nan, math.nan)
+    null: tuple[float, ...] = ()
+    p: float = math.nan
+    p_corrected: float = math.nan
+    n: int = 0
+    threshold: str = ""
+    origin: str = "[E]"
+    status: Status = "NA"
+    message: str = ""
+    per_case: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """This test as numbers, text, lists and dicts, ready for JSON (undefined numbers are None)."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class GroundedCase:
+    """What a page shows of one case.
+
+    Attributes:
+        id: the case's name.
+        image: the first image that was explained, (C, *spatial).
+        attribution: its map, summed over channels, (*spatial).
+        region: the marked finding, bool (*spatial); None if none was given.
+        prediction: the predicted mask, bool (*spatial); None for networks that predict no mask.
+        spacing: size of a voxel in millimeters, one per axis.
+        score: what was explained.
+        baseline_score: the score at the attributor's baseline; NaN if it has none.
+        values: this case's value by id of the test.
+    """
+
+    id: str
+    image: np.ndarray
+    attribution: np.ndarray
+    region: np.ndarray | None
+    prediction: np.ndarray | None
+    spacing: tuple[float, ...]
+    score: float
+    baseline_score: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """A verdict on the explanations of one network over a cohort, and everything that it rests on.
+
+    Attributes:
+        verdict: GROUNDED, FAITHFUL BUT OFF TARGET, MODEL OK BUT MAP MISLEADING, ARTIFACT or INCONCLUSIVE.
+        sentence: the verdict in one sentence, with its reason.
+        tests: every test in the order of the procedure, also those that could not be done.
+        missing: what to supply so that the open tests can be done.
+        cases: what a page shows of each case.
+        curves: by name ("deletion: map", "deletion: map shifted", "cascade: pearson", ...) a mapping of
+            "x" and "y" to lists of equal length, means over cases.
+        configuration: thresholds, seeds, versions, method, target.
+    """
+
+    verdict: Verdict
+    sentence: str
+    tests: tuple[GroundingTest, ...]
+    missing: tuple[str, ...] = ()
+    cases: tuple[GroundedCase, ...] = ()
+    curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+
+    def test(self, name: str) -> GroundingTest:
+        """The test of this id ("T5").
+
+        Raises:
+            KeyError: if there is no such test.
+        """
+        for test in self.tests:
+            if test.id == name:
+                return test
+        raise KeyError(f"no test {name!r}; there are {[test.id for test in self.tests]}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Verdict, tests, curves and configuration, ready for JSON (images are left out)."""
+        return {
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "tests": [test.as_dict() for test in self.tests],
+            "missing": list(self.missing),
+            "cases": [
+                {
+                    "id": case.id,
+                    "spacing": _plain(case.spacing),
+                    "score": _plain(case.score),
+                    "baseline_score": _plain(case.baseline_score),
+                    "values": _plain(case.values),
+                }
+                for case in self.cases
+            ],
+            "curves": _plain(self.curves),
+            "configuration": _plain(self.configuration),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return str(value)

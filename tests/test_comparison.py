@@ -1,0 +1,134 @@
+"""Comparing methods: ranks, tests, costs, files, and what has no value."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from networks import LinearImage, random_image
+
+from monai_xai import (
+    Constant,
+    Explainer,
+    FullGrad,
+    GuidedBackprop,
+    InputError,
+    InputXGradient,
+    IntegratedGradients,
+    OutputScore,
+    Saliency,
+)
+from monai_xai.comparison import Comparison, Criterion, compare
+from monai_xai.grounding import GroundingCase
+from monai_xai.metrics import Scores
+
+ZERO = Constant(0.0)
+
+
+def planted(n=3, size=12):
+    """A network that reads a square of the image, cases, and the square."""
+    weights = torch.zeros(1, 1, size, size, dtype=torch.float64)
+    weights[..., 2:6, 3:7] = 1
+    cases = [GroundingCase(f"case-{i}", random_image(1, 1, size, size, seed=i).abs() + 1) for i in range(n)]
+    network = LinearImage((1, size, size))
+    network.weight.data.copy_(weights)
+    return network, cases, {case.id: weights != 0 for case in cases}
+
+
+def explainer(method):
+    return Explainer(OutputScore(), method, progress=False)
+
+
+METHODS = {
+    "ig": explainer(IntegratedGradients(2, baseline=ZERO)),
+    "ixg": explainer(InputXGradient()),
+    "gradient": explainer(Saliency()),
+}
+
+
+def test_exact_methods_of_a_linear_network_get_full_marks():
+    network, cases, regions = planted()
+    found = compare(METHODS, network, cases, regions=regions, progress=False)
+    assert found.methods == ("ig", "ixg", "gradient")
+    np.testing.assert_allclose(found.values["fidelity R2"][0], 1.0, atol=1e-6)
+    for name in ("relevance mass", "rank accuracy", "average precision"):
+        np.testing.assert_allclose(found.values[name][:2], 1.0, atol=1e-6, err_msg=name)
+    assert found.values["completeness gap"][0] == pytest.approx(0.0, abs=1e-12)
+    assert np.isnan(found.values["completeness gap"][1:]).all()
+    assert (found.values["deletion area"] > 0).all()
+    row = next(r for r in found.rows() if (r.method, r.criterion) == ("ixg", "completeness gap"))
+    assert (row.n, row.not_available) == (0, "the method does not promise to add up (3)")
+
+
+def comparison(values, better="more"):
+    values = np.asarray(values, dtype=float)
+    ids = tuple(f"c{i}" for i in range(values.shape[1]))
+    criterion = Criterion(lambda judged: Scores(torch.zeros(1)), better)
+    return Comparison(("a", "b", "c"), {"x": criterion}, ids, {"x": values})
+
+
+def test_ranks_follow_the_direction_and_ties_share_theirs():
+    values = [[3, 3, 1], [2, 3, 2], [1, 0, np.nan]]
+    np.testing.assert_array_equal(comparison(values).ranks("x"), [[1, 1.5], [2, 1.5], [3, 3]])
+    np.testing.assert_array_equal(comparison(values, "less").ranks("x"), [[3, 2.5], [2, 2.5], [1, 1]])
+    assert np.isnan(comparison(values, "").ranks("x")).all()
+
+
+def test_a_better_method_is_told_from_a_worse_one_and_not_from_an_equal_one():
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=12)
+    found = comparison([base + 1, base + 1 + 0.01 * generator.normal(size=12), base]).rows()
+    assert found[2].p < 0.01
+    assert math.isnan(min(found[:2], key=lambda row: row.rank).p)
+    assert max(found[:2], key=lambda row: row.rank).p > 0.05
+    assert found[2].rank == found[2].rank_low == found[2].rank_high == 3
+
+
+def test_a_refused_method_and_a_missing_region_have_reasons_and_no_value():
+    network, cases, _ = planted(2)
+    found = compare(
+        {"ixg": METHODS["ixg"], "guided": explainer(GuidedBackprop())}, network, cases, progress=False
+    )
+    assert np.isnan(found.values["seconds"][1]).all()
+    assert "calls none" in found.reasons["seconds", "guided", "case-0"]
+    assert found.reasons["relevance mass", "ixg", "case-0"] == "no region is given"
+    assert "n/a" in found.as_markdown()
+
+
+def test_every_number_is_in_the_files(tmp_path):
+    network, cases, regions = planted(2)
+    criteria = {"mass": Criterion(lambda judged: Scores(torch.tensor([0.5])), "more")}
+    found = compare(METHODS, network, cases, regions=regions, criteria=criteria, progress=False)
+    table, document = found.save(tmp_path)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 6
+    assert {row["mass"] for row in rows} == {"0.5"}
+    summary = json.loads(document.read_text())["summary"]
+    assert {row["criterion"] for row in summary} == {"mass", "seconds", "peak GiB"}
+
+
+def test_memory_and_time_are_measured():
+    network, cases, _ = planted(1)
+    found = compare(METHODS, network, cases, criteria={}, progress=False)
+    assert (found.values["seconds"] > 0).all()
+    assert (found.values["peak GiB"] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("explainers", "count"), [({"ig": METHODS["ig"]}, 1), (METHODS, 0)], ids=["one method", "no case"]
+)
+def test_there_must_be_something_to_compare(explainers, count):
+    network, cases, _ = planted(1)
+    with pytest.raises(InputError, match="two explainers or more and a case"):
+        compare(explainers, network, cases[:count])
+
+
+def test_a_network_is_left_as_it_was():
+    network, cases, regions = planted(1)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    compare({"a": METHODS["ig"], "b": explainer(FullGrad())}, network, cases, regions=regions, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
