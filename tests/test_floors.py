@@ -64,6 +64,7 @@ NEIGHBORS = {
     "cohorts": {"statistics"},
     "metrics": {"statistics"},
     "grounding": {"cohorts", "metrics", "statistics"},
+    "comparison": {"grounding", "metrics", "statistics"},
     "cases": {"batches"},
     "handlers": {"batches", "cases"},
     "tensorboard": {"handlers"},
