@@ -64,6 +64,7 @@ from monai_xai.errors import (
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
+from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding_handler import GroundingHandler, TensorBoardGroundingHandler
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
 from monai_xai.inferers import AttributionInferer
@@ -89,6 +90,7 @@ from monai_xai.targets import (
     ClassScore,
     DiceScore,
     FunctionTarget,
+    LogOddsScore,
     MarginScore,
     OutputScore,
     RegionScore,
@@ -154,7 +156,11 @@ __all__ = [
     "GradCam",
     "GradCamPlusPlus",
     "GradientShap",
+    "Grounding",
+    "GroundingCase",
     "GroundingHandler",
+    "GroundingSettings",
+    "GroundingTest",
     "GuidedBackprop",
     "GuidedGradCam",
     "GuidedIntegratedGradients",
@@ -172,6 +178,7 @@ __all__ = [
     "LesionHitRate",
     "Lime",
     "LocalizationPrecision",
+    "LogOddsScore",
     "MapMetric",
     "MapsAndRegions",
     "MarginScore",
@@ -220,6 +227,7 @@ __all__ = [
     "ZoneShare",
     "additive_projection",
     "channel_names",
+    "ground",
     "perceptual_score",
     "write_report",
 ]

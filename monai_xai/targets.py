@@ -159,6 +159,43 @@ class ClassScore(Target):
 
 
 @dataclass(frozen=True)
+class LogOddsScore(Target):
+    """The log-odds of one class against all others, ``log(p / (1 - p))`` of the softmax of the logits.
+
+    What one class loses is here told from what all classes lose together.
+
+    Args:
+        class_index: the class; None takes the class that each sample is predicted as.
+
+    Shapes: output (N, K) with K at least 2, logits.
+    """
+
+    class_index: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.class_index is not None:
+            _require_index("LogOddsScore(class_index=...)", self.class_index)
+
+    @property
+    def needs(self) -> Needs:
+        return self._logit.needs
+
+    @property
+    def _logit(self) -> ClassScore:
+        return ClassScore(self.class_index)
+
+    def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
+        return self._logit.select(output, label)
+
+    def score(self, output: Tensor, *selection: Tensor) -> Tensor:
+        logits = _class_scores(self, output)
+        _check_channel(self, logits, max(1, self.class_index or 0))
+        own = torch.nn.functional.one_hot(selection[0], logits.shape[1]).bool()
+        others = logits.masked_fill(own, -torch.inf).logsumexp(1)
+        return self._logit.score(output, *selection) - others
+
+
+@dataclass(frozen=True)
 class OutputScore(Target):
     """One number that a regression network returns, in its own unit.
 

@@ -36,7 +36,7 @@ from monai_xai.metrics.perturbations import (
     chosen_at_random,
     usual_imputer,
 )
-from monai_xai.metrics.questions import Asked, Explained, ask, explanation_or_maps, maps_of
+from monai_xai.metrics.questions import Explained, OpenQuestion, ask, explanation_or_maps, maps_of
 from monai_xai.tasks import Inputs, Label, TargetLike
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _curve(
     return _normalize(options, raw, clean, emptied, values, present, cached.evaluations)
 
 
-def _known_score(explained: Explained, asked: Asked) -> Tensor | None:
+def _known_score(explained: Explained, asked: OpenQuestion) -> Tensor | None:
     """Return the clean score, if the explanation is of this very question."""
     if isinstance(explained, Explanation) and explained.target == str(asked.target):
         return explained.score.to(asked.scoring.values[0].device)

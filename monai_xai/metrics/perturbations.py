@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_xai.baselines import Auto, Baseline, BaselineLike, Blur, as_baseline
+from monai_xai.attributors import Attributor
+from monai_xai.baselines import Auto, Baseline, BaselineLike, Blur, Constant, as_baseline
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.features import Blocks, Channels, Features, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, Tensors
@@ -440,10 +441,15 @@ def _by_name(value: float | Mapping[str, float], scoring: Scoring, where: str) -
     return [float(value[name]) for name in scoring.inputs]
 
 
-def usual_imputer(attributor: object) -> BaselineLike:
-    """Return the baseline of a method, where it has one that can stand for what is taken away; else a blur."""
+def usual_imputer(attributor: Attributor) -> BaselineLike:
+    """Return what a method itself holds the input against: its baseline, or zero for contributions without one.
+
+    What has neither (a gradient, a baseline that the network chooses) is held against a blur.
+    """
     baseline = getattr(attributor, "baseline", None)
-    return baseline if isinstance(baseline, Baseline | Mapping) and not isinstance(baseline, Auto) else Blur()
+    if isinstance(baseline, Baseline | Mapping) and not isinstance(baseline, Auto):
+        return baseline
+    return Constant(0.0) if baseline is None and attributor.summable else Blur()
 
 
 def with_seed(perturbation: Perturbation, seed: int | None) -> Perturbation:

@@ -65,7 +65,7 @@ def freeze(task: Task, target: Target) -> FrozenTarget:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class OpenQuestion:
     """One question to one network about one batch, opened.
 
     Args:
@@ -92,7 +92,7 @@ def ask(
     label: Label = None,
     *,
     score: TargetLike | None = None,
-) -> Iterator[Asked]:
+) -> Iterator[OpenQuestion]:
     """Open the one question that a metric is about; inside, the network is undisturbed.
 
     Args:
@@ -109,7 +109,7 @@ def ask(
         target = only_target(task) if score is None else as_targets(score)
         assert isinstance(target, Target)
         frozen = freeze(task, target)
-        yield Asked(task, frozen, task.scoring(frozen))
+        yield OpenQuestion(task, frozen, task.scoring(frozen))
 
 
 def only_target(task: Task) -> Target:
@@ -207,7 +207,7 @@ def maps_of(explained: Explained, scoring: Scoring, *, paints: bool = False) -> 
 
 
 def explanation_or_maps(
-    explainer: Explainer, asked: Asked, network: nn.Module, inputs: Inputs, explained: Explained | None
+    explainer: Explainer, asked: OpenQuestion, network: nn.Module, inputs: Inputs, explained: Explained | None
 ) -> Explained:
     """Return what the caller has, or explain."""
     if explained is not None:

@@ -24,8 +24,8 @@ from monai_xai.forward import with_progress
 from monai_xai.metrics.base import Scores
 from monai_xai.metrics.faithfulness import infidelity
 from monai_xai.metrics.questions import (
-    Asked,
     Explained,
+    OpenQuestion,
     ask,
     explain_again,
     named_maps,
@@ -417,7 +417,7 @@ def _deviation(values: Tensor) -> Tensor:
     return values.std(-1)
 
 
-def _call_once(asked: Asked) -> None:
+def _call_once(asked: OpenQuestion) -> None:
     for term, (part,) in asked.scoring.parts("the order of the modules", asked.scoring.values):
         term(part)
         return
@@ -481,7 +481,7 @@ def random_logit(
     return mean_similarity(named_maps(given, names), named_maps(against, names), kind)
 
 
-def _count_channels(asked: Asked) -> int:
+def _count_channels(asked: OpenQuestion) -> int:
     """Return how many channels (classes, outputs) the network gives."""
     seen: list[Any] = []
     for term, (part,) in asked.scoring.parts("the number of classes", asked.scoring.values):

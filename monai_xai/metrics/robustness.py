@@ -23,9 +23,9 @@ from monai_xai.metrics.faithfulness import correlation
 from monai_xai.metrics.localization import relevance_mass
 from monai_xai.metrics.perturbations import Perturbation, UniformNoise
 from monai_xai.metrics.questions import (
-    Asked,
     Explained,
     FrozenTarget,
+    OpenQuestion,
     ask,
     explain_again,
     explanation_or_maps,
@@ -132,7 +132,7 @@ def _flat(maps: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([real(values).flatten(1) for values in maps.values()], 1)
 
 
-def _as_inputs(asked: Asked, values: Tensors) -> dict[str, Tensor]:
+def _as_inputs(asked: OpenQuestion, values: Tensors) -> dict[str, Tensor]:
     """Return changed values as inputs like those that were given.
 
     Raises:
@@ -309,7 +309,7 @@ class Stability:
         """ICC(2,1) of the relevance mass, patients against acquisitions; NaN for fewer than two patients.
 
         For more patients than fit one batch, put their ``relevance_mass`` together and call
-        :func:`monai_xai.statistics.icc21`.
+        ``monai_xai.statistics.icc21``.
         """
         values = self.relevance_mass[~self.relevance_mass.isnan().any(1)]
         if len(values) < 2 or values.shape[1] < 2:
@@ -371,7 +371,7 @@ def stability(
 
 
 def _explain_changed(
-    explainer: Explainer, asked: Asked, network: nn.Module, change: Change
+    explainer: Explainer, asked: OpenQuestion, network: nn.Module, change: Change
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the maps of changed images, moved back, and their score."""
     values = tuple(change.apply(x) if x.ndim > 2 else x for x in asked.scoring.values)
