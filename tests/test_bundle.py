@@ -502,6 +502,12 @@ def test_shipped_overlay_needs_nothing_that_only_this_bundle_has(overlay: str, b
     assert "_board.attach" in str(merged["initialize"][-1])
 
 
+def test_shipped_grounding_overlay_is_attached_to_an_inference() -> None:
+    merged = read_config(CONFIGS / "inference.yaml", overlays.path("grounding"))
+    assert merged["initialize"][-1] == "$@grounding_handler.attach(@evaluator)"
+    assert merged.get_parsed_content("grounding_settings").steps == 12
+
+
 @pytest.mark.real_data
 def test_real_patients_are_found_and_normalized(scripts: ModuleType, open_ms_data: Path) -> None:
     case = scripts.held_out_cases(open_ms_data, "patient26")[0]

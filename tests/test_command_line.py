@@ -57,7 +57,7 @@ def test_an_overlay_is_a_file(name):
 
 def test_an_overlay_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(
-        InputError, match="no overlay 'inferrence'; there are flat, inference, modalities, train"
+        InputError, match="no overlay 'inferrence'; there are flat, grounding, inference, modalities, train"
     ):
         overlay("inferrence")
 

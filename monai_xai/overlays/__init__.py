@@ -14,7 +14,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('flat', 'inference', 'modalities', 'train')
+        ('flat', 'grounding', 'inference', 'modalities', 'train')
     """
     return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
 
@@ -24,6 +24,7 @@ def path(name: str) -> Path:
 
     Args:
         name: "inference" for a bundle's inference, "modalities" for what each of its sequences or images gives,
+            "grounding" for a verdict on its explanations,
             "train" for its training or evaluation where the validation is ``validate::evaluator``, "flat" where it is
             plain ``evaluator``.
 
