@@ -64,6 +64,7 @@ from monai_xai.errors import (
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
+from monai_xai.forward import SeveredGradientWarning
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding_handler import GroundingHandler, TensorBoardGroundingHandler
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
@@ -208,6 +209,7 @@ __all__ = [
     "Samples",
     "ScoreCam",
     "SegXResCam",
+    "SeveredGradientWarning",
     "ShapleyValueSampling",
     "ShapleyValues",
     "Sparseness",

@@ -8,6 +8,7 @@ sliding-window prediction (:mod:`monai_xai.windows`). A method that works term b
 from __future__ import annotations
 
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
@@ -29,6 +31,10 @@ from monai_xai.targets import Target
 
 Tensors = tuple[Tensor, ...]
 T = TypeVar("T")
+
+
+class SeveredGradientWarning(UserWarning):
+    """The network cuts its own graph, so that its gradient leaves out what passes there."""
 
 
 def count_not_finite(x: Tensor) -> int:
@@ -131,6 +137,33 @@ class Term(ABC):
         return scores.detach(), pull_back(scores, leaves)
 
 
+class _Cuts(TorchFunctionMode):
+    """Notes where a network takes values out of the graph: ``Tensor.data`` and ``detach``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CUTTING and args[0].requires_grad and args[0].numel() > 1:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+    def warn(self, network: nn.Module) -> None:
+        """Warn of what was found."""
+        if self.shapes:
+            warnings.warn(
+                f"{type(network).__name__} takes values of shape {self.shapes[0]} out of its graph (.data, detach()): "
+                "what passes there is left out of its gradient. Mend the network, or use a method that asks for its "
+                "output alone, such as FeatureAblation() or Occlusion(...).",
+                SeveredGradientWarning,
+                stacklevel=2,
+            )
+
+
+_CUTTING = (Tensor.data.__get__, Tensor.detach, torch.detach)  # type: ignore[attr-defined]
+
+
 def pull_back(
     outputs: Tensor, leaves: Sequence[Tensor], cotangent: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -229,6 +262,7 @@ class Scoring:
         progress: whether long work shows a bar.
         drawn: the baselines of these inputs that were drawn already, by identity: several targets share them.
         embedded: inputs that were whole numbers and are explained at the output of their embedding.
+        watched_for_cuts: not empty once a gradient was watched for cuts in the network's graph.
     """
 
     inputs: Mapping[str, Tensor]
@@ -238,6 +272,7 @@ class Scoring:
     progress: bool = False
     drawn: dict[int, list[Tensors]] = field(default_factory=dict)
     embedded: Mapping[str, EmbeddedInput] = field(default_factory=dict)
+    watched_for_cuts: list[bool] = field(default_factory=list)
 
     @property
     def values(self) -> Tensors:
@@ -293,10 +328,21 @@ class Scoring:
         return total
 
     def gradient(self, inputs: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensors]:
-        """Return scores (N,) and their gradient with respect to every whole input."""
-        return self.propagate(
-            "gradient", lambda term, part: term.gradient(part), self.values if inputs is None else inputs
-        )
+        """Return scores (N,) and their gradient with respect to every whole input.
+
+        The first gradient of a score warns of a network that cuts its own graph.
+        """
+
+        def gradient(term: Term, part: Tensors) -> tuple[Tensor, Tensors]:
+            if self.watched_for_cuts:
+                return term.gradient(part)
+            self.watched_for_cuts.append(True)
+            with _Cuts() as cuts:
+                scores, leaves = term.trace(part)
+            cuts.warn(term.network)
+            return scores.detach(), pull_back(scores, leaves)
+
+        return self.propagate("gradient", gradient, self.values if inputs is None else inputs)
 
     def propagate(
         self,

@@ -25,6 +25,7 @@ from monai_xai import (
     FeatureAblation,
     FullGrad,
     GradCam,
+    GradientShap,
     GuidedBackprop,
     InputError,
     InputXGradient,
@@ -34,6 +35,7 @@ from monai_xai import (
     Noise,
     OutputScore,
     Saliency,
+    SeveredGradientWarning,
     UnsupportedNetworkError,
 )
 
@@ -605,3 +607,16 @@ def test_a_layer_without_a_grid_is_named_with_those_that_have_one(x):
     pooled = nn.Sequential(nn.Identity(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)).double()
     with pytest.raises(UnsupportedNetworkError, match=r"name the layer.*Layers with a grid: '0', '1'\."):
         explain(GradCam(), pooled, x)
+
+
+@pytest.mark.parametrize("cut", [lambda y: y.data, lambda y: y.detach()], ids=["data", "detach"])
+def test_a_network_that_cuts_its_own_graph_is_told_of_once(cut, x):
+    network = Network(lambda y: y.relu() + cut(y), nn.Conv2d(3, 3, 3))
+    with pytest.warns(SeveredGradientWarning, match="out of its graph") as caught:
+        explain(GradientShap(4, Constant(0.0)), network, x)
+    assert len([w for w in caught if w.category is SeveredGradientWarning]) == 1
+
+
+def test_a_whole_graph_is_not_warned_of(x, recwarn):
+    explain(Saliency(), Network(lambda y: y.relu(), nn.Conv2d(3, 3, 3)), x)
+    assert not [w for w in recwarn if w.category is SeveredGradientWarning]

@@ -61,8 +61,8 @@ def _full_gradient(term: Term, inputs: Tensors, image: int | None) -> tuple[Tens
 
 def _has_place(part: Tensor, image: Tensor) -> bool:
     """Tell whether values lie on a grid that is the image's or a coarser one."""
-    if part.ndim != image.ndim or part[0, 0].numel() == 1:
-        return False
+    if part.ndim != image.ndim or len(part) != len(image) or part[0, 0].numel() == 1:
+        return False  # such as windows of attention, which are samples of their own
     return all(m <= n for m, n in zip(part.shape[2:], image.shape[2:], strict=True))
 
 
