@@ -174,7 +174,9 @@ def row_of(value: Any, row: int) -> Any:
 
 def _case_of(file: Any) -> str:
     path = Path(str(file).removesuffix(".gz"))
-    is_kind = not any(letter.isdigit() for letter in re.sub(r"((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]", "", path.stem))
+    is_kind = not any(
+        letter.isdigit() for letter in re.sub(r"((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]", "", path.stem)
+    )
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
 
 

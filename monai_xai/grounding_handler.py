@@ -56,7 +56,7 @@ class GroundingHandler:
     """Judge the explanations of a network over its validation set every few epochs, and save the report.
 
     Attached to an evaluator, it keeps inputs, labels and masks of the first cases of an epoch on the CPU. When it is
-    over it runs :func:`monai_xai.grounding.ground` on them, puts the result into ``engine.state.grounding``, fires
+    over it runs :func:`monai_xai.ground` on them, puts the result into ``engine.state.grounding``, fires
     ``AttributionEvents.GROUNDING_COMPLETED``, and writes ``grounding-<epoch>.html`` and ``.json``.
 
     Nothing else in the loop changes; what fails is logged, with its place, and counted in ``failures``.

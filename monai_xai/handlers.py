@@ -46,7 +46,7 @@ class AttributionEvents(EventEnum):
     COHORT_COMPLETED = "cohort_completed"
     """An epoch of explained cases is over: ``engine.state.cohorts`` holds cohorts by explainer."""
     GROUNDING_COMPLETED = "grounding_completed"
-    """Explanations are judged: ``engine.state.grounding`` holds a :class:`~monai_xai.grounding.Grounding`."""
+    """Explanations are judged: ``engine.state.grounding`` holds a :class:`~monai_xai.Grounding`."""
 
 
 def register_events(engine: Engine) -> None:

@@ -234,12 +234,67 @@ def swap_null(
     positive, region, body = _spatial(values, region, within)
     if reason := _undefined(positive, region, body):
         return _nothing(reason)
-    mean = float(positive[body].mean())
-    masks = [region & body, *(_spatial(values, other, within)[1] & body for other in others)]
-    found = np.array([float(positive[mask].mean()) / mean for mask in masks if mask.any()])
+    found = region_densities(values, [region, *others], within)
+    found = found[~np.isnan(found)]
     if len(found) < 2:
         return NullTest(float(found[0]), found, math.nan, "no region of another patient lies inside the body")
     return NullTest(float(found[0]), found, float((found >= found[0] * (1 - _TIE)).mean()))
+
+
+def region_densities(values: Tensor, regions: Sequence[Tensor], within: Tensor | None = None) -> Numbers:
+    """Return how dense the positive map is inside each region, 1 as in the whole body; NaN for those outside of it.
+
+    Args:
+        values: the map, shape (*spatial), any real.
+        regions: shape (*spatial) each, bool or 0 and 1.
+        within: the body, shape (*spatial); None: everywhere.
+
+    Raises:
+        InputError: if shapes differ.
+    """
+    found = []
+    for region in regions:
+        positive, mask, body = _spatial(values, region, within)
+        level = float(positive[body].mean()) if body.any() else 0.0
+        inside = mask & body
+        found.append(float(positive[inside].mean()) / level if level and inside.any() else math.nan)
+    return np.array(found)
+
+
+def exchange_test(densities: ArrayLike, *, seed: int = 0, n_draws: int = 9999) -> tuple[Numbers, float]:
+    """Hold the mean density of maps in their own regions against that after regions are exchanged between patients.
+
+    A permutation test: each draw gives every case another region, none twice. Densities that are not defined do not
+    count in the mean.
+
+    Args:
+        densities: of map i in region j, shape (n, m): region i is that of case i, those beyond n are of further
+            patients.
+        seed: of the draws.
+        n_draws: how many.
+
+    Returns:
+        The means after exchange, and the p-value; NaN below two regions, or where no own density is defined.
+
+    Raises:
+        InputError: if there are fewer regions than cases.
+    """
+    table = np.asarray(densities, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] > table.shape[1]:
+        raise InputError(
+            f"exchange_test needs densities of shape (cases, at least as many regions), got {table.shape}."
+        )
+    n, m = table.shape
+    own = table.diagonal()
+    if n < 1 or m < 2 or np.isnan(own).all():
+        return np.zeros(0), math.nan
+    generator = np.random.default_rng(seed)
+    chosen = np.stack([generator.permutation(m)[:n] for _ in range(n_draws)])
+    drawn = table[np.arange(n), chosen]
+    known = ~np.isnan(drawn)
+    drawn, known = drawn[known.any(1)], known[known.any(1)]
+    means = np.where(known, drawn, 0.0).sum(1) / known.sum(1)
+    return means, float(((means >= np.nanmean(own) * (1 - _TIE)).sum() + 1) / (len(means) + 1))
 
 
 def cohort_p(tests: Sequence[NullTest], *, seed: int = 0, n_draws: int = 9999) -> tuple[Numbers, float]:

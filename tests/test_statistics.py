@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ from monai_xai import InputError
 from monai_xai.statistics import (
     benjamini_hochberg,
     cohort_p,
+    exchange_test,
     holm,
     icc21,
     interval,
     rank_sum_test,
+    region_densities,
     shift_null,
     sign_flip_test,
     signed_rank_test,
@@ -190,6 +192,35 @@ def test_cohort_p_is_uniform_by_chance_and_ignores_undefined_cases():
     known = shift_null(torch.rand(16, 16), SQUARE)
     assert cohort_p([known, undefined], seed=3)[1] == cohort_p([known], seed=3)[1]
     assert math.isnan(cohort_p([undefined])[1])
+
+
+def test_the_exchange_test_equals_all_permutations():
+    table = np.random.default_rng(0).normal(size=(4, 5))
+    table[1, 3] = math.nan
+    own = np.nanmean(table.diagonal())
+    every = [np.nanmean(table[range(4), list(chosen)]) for chosen in permutations(range(5), 4)]
+    found = exchange_test(table, n_draws=20_000)
+    assert found[1] == pytest.approx(np.mean(np.array(every) >= own - 1e-12), abs=0.01)
+    assert set(found[0].round(9)) == set(np.round(every, 9))
+
+
+def test_the_exchange_test_needs_two_regions():
+    assert math.isnan(exchange_test([[1.0]])[1])
+    assert math.isnan(exchange_test([[math.nan, 1.0]])[1])
+    assert math.isnan(exchange_test(np.zeros((0, 3)))[1])
+    with pytest.raises(InputError, match="at least as many regions"):
+        exchange_test(np.zeros((3, 2)))
+
+
+def test_exchange_p_values_are_honest_in_small_cohorts_with_a_common_prior():
+    generator, p_values = np.random.default_rng(5), []
+    prior = torch.exp(-((torch.arange(24) - 12.0) ** 2) / 30)
+    for seed in range(200):
+        regions = [ball((24, 24), np.clip(generator.normal(12, 3, size=2), 4, 20), 2) for _ in range(7)]
+        maps = [smooth_map((24, 24), 3, 10 * seed + i).abs() * prior[:, None] * prior for i in range(7)]
+        p_values.append(exchange_test([region_densities(m, regions) for m in maps], n_draws=199)[1])
+    assert (np.array(p_values) < 0.05).mean() < 0.09
+    assert np.median(p_values) == pytest.approx(0.5, abs=0.12)
 
 
 RATINGS = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]

@@ -174,7 +174,7 @@ def rasterize_on_white(figure: Figure, *, keep_pictures: bool = False) -> NDArra
     turned = _turn(pixels)
     if keep_pictures:
         height, width = pixels.shape[:2]
-        for axes in figure.axes:
+        for axes in (axes for axes in figure.axes if axes.images or axes.lines):  # others hold words at most
             left, bottom, wide, tall = axes.get_position().bounds
             rows = slice(max(0, round((1 - bottom - tall) * height)), round((1 - bottom) * height))
             columns = slice(max(0, round(left * width)), round((left + wide) * width))

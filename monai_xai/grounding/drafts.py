@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from monai_xai.explanation import Explanation
-from monai_xai.grounding.evidence import Evidence, mean
+from monai_xai.grounding.evidence import Evidence, mean_of_known
 from monai_xai.grounding.words import Gate, GroundingSettings, GroundingTest, Status
 from monai_xai.statistics import holm, interval
 
@@ -63,7 +63,7 @@ def measured(
         if evidence.id in values:
             evidence.per_case[test] = values[evidence.id]
     facts = {
-        "value": mean(list(values.values())),
+        "value": mean_of_known(list(values.values())),
         "interval": interval(given, cohort.settings.seed),
         "n": len(given),
         "per_case": dict(values),

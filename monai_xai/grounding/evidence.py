@@ -186,7 +186,9 @@ def gather(
         body = torch.ones_like(body)
     try:
         with ask(explainer, network, inputs, case.label) as asked:
-            frozen = replace(explainer, target=asked.target, progress=False, **_untold_gaps(explainer))
+            frozen = replace(
+                explainer, target=asked.target, progress=False, tolerated_gap=_tolerated(explainer)
+            )
             peek = _Peek(head=asked.target.head)
         with ask(frozen, network, inputs, case.label, score=peek):
             output = peek.seen[0]
@@ -197,13 +199,10 @@ def gather(
     return Evidence(case, inputs, frozen, explanation, output, grid, body, mask, score, off)
 
 
-def _untold_gaps(explainer: Explainer) -> dict[str, float]:
+def _tolerated(explainer: Explainer) -> float:
     """Gaps are what T1 tests: nothing is to be measured or told about them (where they do not choose a baseline)."""
-    return (
-        {}
-        if isinstance(getattr(explainer.attributor, "baseline", None), Auto)
-        else {"tolerated_gap": math.inf}
-    )
+    chooses = isinstance(getattr(explainer.attributor, "baseline", None), Auto)
+    return explainer.tolerated_gap if chooses else math.inf
 
 
 def _batched(mask: Tensor, like: Tensor) -> Tensor:
@@ -244,11 +243,11 @@ def between_patients(
     found = []
     for i, evidence in enumerate(cohort):
         others = [cohort[(i + step) % len(cohort)] for step in range(1, len(cohort))][:most]
-        found.append(mean([alike(evidence.maps, other.maps, kind) for other in others]))
+        found.append(mean_of_known([alike(evidence.maps, other.maps, kind) for other in others]))
     return found
 
 
-def mean(values: Sequence[float]) -> float:
+def mean_of_known(values: Sequence[float]) -> float:
     """Return the mean of what is known; NaN if nothing is."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan

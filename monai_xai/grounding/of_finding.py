@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
+from monai_xai.features import as_features
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
-from monai_xai.grounding.evidence import Evidence, Maps, mean
+from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known
 from monai_xai.metrics.base import as_one_map
 from monai_xai.metrics.faithfulness import necessity_and_sufficiency
 from monai_xai.metrics.localization import (
@@ -25,12 +26,15 @@ from monai_xai.metrics.localization import (
 from monai_xai.modalities import ModalityExplanation, ModalityShapley
 from monai_xai.statistics import (
     NullTest,
+    Numbers,
     benjamini_hochberg,
     cohort_p,
+    exchange_test,
     holm,
     icc21,
     interval,
     rank_sum_test,
+    region_densities,
     shift_null,
     signed_rank_test,
     swap_null,
@@ -54,34 +58,47 @@ def marked(cohort: Cohort) -> list[Evidence]:
     return [e for e in cohort.cases if e.region is not None and e.case.correct is not False]
 
 
-def location(cohort: Cohort, others: Sequence[Tensor]) -> list[Draft]:
+def judge_location(cohort: Cohort, others: Sequence[Tensor]) -> list[Draft]:
     """T7 and T8: the map inside the region against the region elsewhere, and against regions of other patients."""
     cases, settings = marked(cohort), cohort.settings
     if not cases:
         why = "No masks of the finding."
         both = (("T7", T7), ("T8", T8))
         return [unavailable(t, name, "Q2", why, supply=REGIONS, status="INCONCLUSIVE") for t, name in both]
-    shifted, swapped = {}, {}
-    for e in cases:
-        values, region, body = e.located()[0, 0], e.region[0, 0], e.body[0, 0]  # type: ignore[index]
+    shifted, swapped, rows = {}, {}, []
+    pool = [_of_other(e.region, e.region[0, 0]) for e in cases if e.region is not None]
+    pool += [_of_other(mask, pool[0]) for mask in others]
+    for i, e in enumerate(cases):
+        values, region, body = e.located()[0, 0], pool[i], e.body[0, 0]
         shifted[e.id] = shift_null(
             values, region, body, inside=settings.inside, min_places=settings.min_places
         )
-        pool = [o.region[0, 0] for o in cases if o is not e and o.region is not None]
-        pool += [_of_other(mask, region) for mask in others]
-        swapped[e.id] = swap_null(values, region, [mask for mask in pool if mask.shape == region.shape], body)
+        rest = [mask for j, mask in enumerate(pool) if j != i and mask.shape == region.shape]
+        swapped[e.id] = swap_null(values, region, rest, body)
+        rows.append([_density(values, mask, body) for mask in pool])
+    usable = [i for i, e in enumerate(cases) if not swapped[e.id].reason]
+    columns = [*usable, *range(len(cases), len(pool))]
+    by_shift = cohort_p(list(shifted.values()), seed=settings.seed, n_draws=settings.n_draws)
+    by_exchange = exchange_test(
+        np.array(rows)[np.ix_(usable, columns)], seed=settings.seed, n_draws=settings.n_draws
+    )
     first = _location(
-        cohort, "T7", T7, shifted, "Share of the map in the finding", "mass accuracy of Arras et al. 2022",
+        cohort, "T7", T7, shifted, by_shift, "Share of the map in the finding", "mass accuracy of Arras et al. 2022",
         "The map lies in the finding no more than in any other place of the body.", "masks that leave room in the body",
     )  # fmt: skip
     second = _location(
-        cohort, "T8", T8, swapped, "Density of the map in the finding, 1 is that of the body", "masks exchanged",
+        cohort, "T8", T8, swapped, by_exchange, "Density of the map in the finding, 1 is that of the body",
+        "prior of location, Arun et al. 2021",
         "The map is where findings usually are, not where this one is.", OTHERS, extra=_beyond_prior(cases),
     )  # fmt: skip
     larger = max((d.test.p for d in (first, second) if not math.isnan(d.test.p)), default=math.nan)
     if not math.isnan(larger):
         first = _with_message(first, f" The larger p of both nulls is {larger:.2g}.")
     return [first, second]
+
+
+def _density(values: Tensor, region: Tensor, body: Tensor) -> float:
+    return float(region_densities(values, [region], body)[0]) if region.shape == values.shape else math.nan
 
 
 def _with_message(draft: Draft, more: str) -> Draft:
@@ -96,19 +113,19 @@ def _of_other(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _location(
-    cohort: Cohort, name: str, title: str, tests: Mapping[str, NullTest], what: str, source: str, missed: str,
-    supply: str, extra: str = "",
+    cohort: Cohort, name: str, title: str, tests: Mapping[str, NullTest], chance: tuple[Numbers, float], what: str,
+    source: str, missed: str, supply: str, extra: str = "",
 ) -> Draft:  # fmt: skip
     settings = cohort.settings
     known = {case: test for case, test in tests.items() if not test.reason}
-    means, p = cohort_p(list(known.values()), seed=settings.seed, n_draws=settings.n_draws)
+    means, p = chance
     values = {case: test.value if not test.reason else math.nan for case, test in tests.items()}
     test = measured(
         cohort, name, title, "Q2", values, p=p, null=tuple(means[:2000].tolist()), n=len(known),
         threshold=f"p < {settings.alpha:g}", origin=f"[L] {source}; null [E]",
     )  # fmt: skip
-    if not known:
-        why = f"Not decided: {next(iter(tests.values())).reason}."
+    if not known or not len(means):
+        why = f"Not decided: {next(iter(tests.values())).reason or 'there are too few regions'}."
         return Draft(test, missed=why, supply=supply, settled="INCONCLUSIVE")
     corrected = benjamini_hochberg([test.p for test in known.values()])
     alone = sum(p_case < settings.alpha for p_case in corrected)
@@ -137,7 +154,7 @@ def _beyond_prior(cases: Sequence[Evidence]) -> str:
 # ---------------------------------------------------------------------------------------------- the network
 
 
-def necessity(cohort: Cohort, network: nn.Module) -> Draft:
+def judge_necessity(cohort: Cohort, network: nn.Module) -> Draft:
     """T9: removing the finding changes the prediction more than removing as much elsewhere."""
     cases, settings = marked(cohort), cohort.settings
     if not cases:
@@ -148,6 +165,9 @@ def necessity(cohort: Cohort, network: nn.Module) -> Draft:
     for given in settings.imputers.values():
         column = []
         for e in cases:
+            if why := _does_not_lie(e, settings.inside):
+                reasons.append(why)
+                continue
             use = necessity_and_sufficiency(
                 e.frozen, e.explainer.inferer, network, e.inputs, e.region, imputer=e.imputer(given),  # type: ignore[arg-type]
                 n_shifts=settings.n_region_shifts, within=e.body, call=e.explainer.call, seed=settings.seed,
@@ -161,7 +181,7 @@ def necessity(cohort: Cohort, network: nn.Module) -> Draft:
             sufficient.append(float(use.sufficiency.values[0]))
         p_values.append(signed_rank_test(column))
     known = [p for p in p_values if not math.isnan(p)]
-    per_case = {name: mean(values) for name, values in found.items()}
+    per_case = {name: mean_of_known(values) for name, values in found.items()}
     p = max(known) if len(known) == len(p_values) else math.nan
     test = measured(
         cohort, "T9", T9, "Q2", per_case, p=p, threshold=f"p < {settings.alpha:g} under every imputer",
@@ -172,13 +192,22 @@ def necessity(cohort: Cohort, network: nn.Module) -> Draft:
         return Draft(test, missed=why, supply="masks that leave room in the body", settled="INCONCLUSIVE")
     facts = (
         f"Removing the finding moves the score by {test.value:.3g} more than removing the same volume elsewhere; the "
-        f"finding alone gives back {mean(sufficient):.0%} of the score. {_concordance(per_case, cases)}"
+        f"finding alone gives back {mean_of_known(sufficient):.0%} of the score. {_concordance(per_case, cases)}"
     )
     missed = (
         "Removing the finding changes the prediction no more than removing the same volume elsewhere: the model does "
         "not use the marked finding."
     )
     return Draft(test, facts, f"{missed} {facts}")
+
+
+def _does_not_lie(e: Evidence, inside: float) -> str:
+    """Say why a region does not lie in the body; nothing if it does."""
+    assert e.region is not None
+    size, kept = int(e.region.sum()), int((e.region & e.body).sum())
+    if not size:
+        return "the region is empty"
+    return "" if kept >= inside * size else f"only {kept / size:.0%} of the region lie inside the body"
 
 
 def _concordance(per_case: Mapping[str, float], cases: Sequence[Evidence]) -> str:
@@ -191,7 +220,7 @@ def _concordance(per_case: Mapping[str, float], cases: Sequence[Evidence]) -> st
     return f"Over cases, share of the map and effect go together by {rank:+.2f} (rank correlation)."
 
 
-def shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> Draft:
+def judge_shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> Draft:
     """T10: how much of the map lies outside of the body, and whether it points at confounders."""
     settings = cohort.settings
     outside = {e.id: _outside(e) for e in cohort.cases}
@@ -199,7 +228,7 @@ def shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -
     counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
     on = _on_confounders(cohort, confounders)
     found = [name for name, p in on.items() if p < settings.alpha]
-    share = mean(list(outside.values()))
+    share = mean_of_known(list(outside.values()))
     test = measured(
         cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
         f"{settings.alpha:g}", origin=CHOICE,
@@ -231,14 +260,40 @@ def shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -
 
 
 def _outside(e: Evidence) -> float:
-    values = e.located().clamp(min=0)
+    values, near = e.located().clamp(min=0), reached(e)
     total = float(values.sum())
-    return float(values[~e.body].sum()) / total if total and not e.body.all() else math.nan
+    return float(values[~near].sum()) / total if total and not near.all() else math.nan
+
+
+def reached(e: Evidence) -> Tensor:
+    """Return the body with all voxels that share a feature or window with it: a painted map is no finer than these."""
+    attributor, body = e.explainer.attributor, e.body
+    window = getattr(attributor, "window", None)
+    if isinstance(window, Sequence) and window and isinstance(window[0], Sequence):  # one for each input
+        window = window[list(e.inputs).index(e.grid)]
+    if isinstance(window, Sequence) and len(window) == body.ndim - 1:
+        for axis, size in enumerate(window[1:], 2):
+            steps = range(1 - int(size), int(size))
+            body = torch.stack([_moved(body, axis, step) for step in steps]).any(0)
+    features = getattr(attributor, "features", None)
+    if attributor.paints and features is not None:
+        numbers = as_features(features).mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
+        body = torch.isin(numbers, numbers[body.expand_as(numbers)].unique()).any(1, keepdim=True)
+    return body
+
+
+def _moved(mask: Tensor, axis: int, step: int) -> Tensor:
+    """Return a mask moved along one axis; what leaves the image is lost."""
+    n, moved = mask.shape[axis], torch.zeros_like(mask)
+    if abs(step) < n:
+        kept = mask.narrow(axis, max(-step, 0), n - abs(step))
+        moved.narrow(axis, max(step, 0), n - abs(step)).copy_(kept)
+    return moved
 
 
 def _peak(cohort: Cohort) -> str:
     """Say where the evidence outside of the body is highest, on average."""
-    parts = [(e.located().clamp(min=0) * ~e.body)[0, 0] for e in cohort.cases]
+    parts = [(e.located().clamp(min=0) * ~reached(e))[0, 0] for e in cohort.cases]
     if len({part.shape for part in parts}) != 1:
         return ""
     total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
@@ -285,7 +340,7 @@ def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
 # ------------------------------------------------------------------------------------------------ reported
 
 
-def informativeness(cohort: Cohort) -> Draft:
+def judge_informativeness(cohort: Cohort) -> Draft:
     """T11: whether maps of right predictions lie better in the finding; reported only."""
     groups: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for e in cohort.cases:
@@ -297,7 +352,7 @@ def informativeness(cohort: Cohort) -> Draft:
         return unavailable("T11", T11, "Q2", why)
     test = measured(
         cohort, "T11", T11, "Q2", groups[True] | groups[False],
-        value=mean(list(groups[True].values())) - mean(list(groups[False].values())),
+        value=mean_of_known(list(groups[True].values())) - mean_of_known(list(groups[False].values())),
         threshold=f"p < {cohort.settings.alpha:g}, reported only", origin="[L] Jin et al. 2023",
     )  # fmt: skip
     missed = f"A good-looking map does not indicate a correct prediction (p = {p:.2g})."
@@ -313,7 +368,7 @@ def _mass(e: Evidence, values: Tensor) -> float:
     return math.nan if e.region is None else float(relevance_mass(values, e.region, e.body).values[0])
 
 
-def repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
+def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
     """T12: agreement of the share of the map in the finding over scans and networks."""
     rows = {}
     for e in marked(cohort):
@@ -363,7 +418,7 @@ def _on_grid(e: Evidence, maps: Maps) -> Tensor:
 # ---------------------------------------------------------------------------------------------- modalities
 
 
-def modalities(cohort: Cohort, network: nn.Module) -> Draft:
+def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
     """T13: what the map gives each modality against its Shapley value."""
     first = cohort.cases[0]
     if sum(x.shape[1] if x.ndim > 2 else 1 for x in first.inputs.values()) < 2:
@@ -387,7 +442,7 @@ def modalities(cohort: Cohort, network: nn.Module) -> Draft:
         change = float((explained.score - explained.baseline_scores[name]).abs()[0])
         residuals.append(float(explained.residual(name).abs()[0]) / change if change else math.nan)
         focus.append(_focus(e, values))
-    return _judge_modalities(cohort, found, taus, mean(residuals), mean(focus), credited)
+    return _decide_modalities(cohort, found, taus, mean_of_known(residuals), mean_of_known(focus), credited)
 
 
 def _credited(e: Evidence) -> list[float] | None:
@@ -421,7 +476,7 @@ def _focus(e: Evidence, values: np.ndarray) -> float:
     return float(modality_specific_importance(maps, e.region, importance, e.body).values[0])
 
 
-def _judge_modalities(
+def _decide_modalities(
     cohort: Cohort, found: ModalityCohort, taus: Mapping[str, float], residual: float, focus: float,
     credited: Mapping[str, list[float] | None],
 ) -> Draft:  # fmt: skip
@@ -434,7 +489,7 @@ def _judge_modalities(
     )  # fmt: skip
     most = found.modalities[int(np.argmax(np.mean([c for c in credited.values() if c is not None], axis=0)))]
     used = max(rows, key=lambda row: row.mean).modality
-    agreement = mean([float(e.agreement[0]) for e in found.cases.values()])
+    agreement = mean_of_known([float(e.agreement[0]) for e in found.cases.values()])
     facts = f"Kendall's tau of map and Shapley values {test.value:.2f}; between baselines {agreement:.2f}."
     facts += "" if math.isnan(focus) else f" MSFI {focus:.2f}."
     low = test.interval[0]

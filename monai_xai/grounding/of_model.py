@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from monai_xai.grounding.evidence import (
     edges,
     intensity,
     map_again,
-    mean,
+    mean_of_known,
     noise,
     noised,
     shifted_maps,
@@ -36,7 +37,7 @@ T5, T6 = "Removing what is highlighted matters", "The map predicts effects and s
 _AT_LEAST = 0.5  # of the cases must meet a precondition
 
 
-def preconditions(cohort: Cohort) -> list[Draft]:
+def judge_preconditions(cohort: Cohort) -> list[Draft]:
     """P1 and P2; cases that do not meet them are left out of all that follows."""
     flat: dict[str, float] = {}
     unmoved: dict[str, float] = {}
@@ -71,7 +72,7 @@ def _why(cohort: Cohort) -> str:
     return "; ".join(f"{name}: {why}" for name, why in list(cohort.left_out.items())[:3])
 
 
-def completeness(cohort: Cohort) -> Draft:
+def judge_completeness(cohort: Cohort) -> Draft:
     """T1: how much the contributions miss."""
     gaps = {e.id: float(e.explanation.gap[0]) for e in cohort.cases if e.explanation.gap is not None}
     if not gaps:
@@ -87,7 +88,7 @@ def completeness(cohort: Cohort) -> Draft:
     return Draft(test, sentence, f"{sentence} {cure}", settled="PASS" if median <= settings.gap else "FAIL")
 
 
-def randomization(cohort: Cohort, network: nn.Module, second: nn.Module | None) -> tuple[Draft, Draft]:
+def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | None) -> tuple[Draft, Draft]:
     """P3 and T2: maps of random weights, held against those of another training."""
     settings = cohort.settings
     moved: dict[str, float] = {e.id: 0.0 for e in cohort.cases}
@@ -101,19 +102,19 @@ def randomization(cohort: Cohort, network: nn.Module, second: nn.Module | None) 
                 change = abs(float(found.score[0]) - evidence.score)
                 moved[evidence.id] = max(moved[evidence.id], float(change > 1e-5 * abs(evidence.score)))
                 sims[evidence.id].append(alike(evidence.maps, evidence.signed(found)))
-    share = mean(list(moved.values()))
+    share = mean_of_known(list(moved.values()))
     p3 = Draft(
         measured(cohort, "P3", P3, "P", moved, threshold="half of the cases", origin=CHOICE),
         f"In {share:.0%} of the cases.",
         f"In {share:.0%} of the cases only: the prediction does not depend on the weights.",
         settled="PASS" if share >= _AT_LEAST else "FAIL",
     )
-    return p3, _compare(cohort, {name: mean(values) for name, values in sims.items()}, second)
+    return p3, _compare(cohort, {name: mean_of_known(values) for name, values in sims.items()}, second)
 
 
 def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | None) -> Draft:
     settings = cohort.settings
-    level, between = mean(list(by_chance.values())), mean(between_patients(cohort.cases))
+    level, between = mean_of_known(list(by_chance.values())), mean_of_known(between_patients(cohort.cases))
     rule = f"similarity < {settings.unchanged:g}, and below that to a second network, p < {settings.alpha:g}"
     line = (
         f" Maps of two patients are alike by {between:.2f} (Arun et al. 2021)." if between == between else ""
@@ -138,7 +139,7 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
     if second is None:
         why = f"{alone}{line} Supply a second trained network to tell the image's structure from the model."
         return Draft(test, missed=why, supply=supply, settled="PROVISIONAL")
-    both = f"{alone[:-1]}, those of a second network by r = {mean(list(kept.values())):.2f}.{line}"
+    both = f"{alone[:-1]}, those of a second network by r = {mean_of_known(list(kept.values())):.2f}.{line}"
     return Draft(
         test, both, f"{both} A network that was trained gives no more of the same map than random weights."
     )
@@ -149,7 +150,7 @@ def _to(evidence: Evidence, network: nn.Module) -> float:
     return math.nan if found is None else alike(evidence.maps, evidence.signed(found))
 
 
-def permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
+def judge_permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
     """T3: the map of a network that was trained on permuted labels."""
     if permuted is None:
         return unavailable("T3", T3, "Q1", "Not asked: no network that was trained on permuted labels.")
@@ -158,7 +159,7 @@ def permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
                          "[L] Adebayo et al. 2018; 0.9 is [E]")  # fmt: skip
 
 
-def classes(cohort: Cohort, network: nn.Module) -> Draft:
+def judge_classes(cohort: Cohort, network: nn.Module) -> Draft:
     """T4: the map of another class."""
     channels = {e.output.shape[1] if e.output.ndim > 1 else 1 for e in cohort.cases}
     if max(channels, default=1) < 3:
@@ -168,8 +169,9 @@ def classes(cohort: Cohort, network: nn.Module) -> Draft:
         )
     values = {}
     for e in cohort.cases:
+        asked = replace(e.explainer, target=e.frozen.target)  # whose classes are known
         scores = random_logit(
-            e.explainer, network, e.inputs, explanation=e.explanation, seed=cohort.settings.seed
+            asked, network, e.inputs, label=e.case.label, explanation=e.explanation, seed=cohort.settings.seed
         )
         values[e.id] = float(scores.values[0])
     if all(map(math.isnan, values.values())):
@@ -193,7 +195,7 @@ def _not_the_same(
 # ----------------------------------------------------------------------------------------------- deletion
 
 
-def deletion(cohort: Cohort, network: nn.Module) -> Draft:
+def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer."""
     settings, gains, p_values, said = cohort.settings, {}, {}, []
     for name in settings.imputers:
@@ -203,7 +205,7 @@ def deletion(cohort: Cohort, network: nn.Module) -> Draft:
         said.append(_against_controls(name, areas))
         _finish_curves(cohort, name)
     scale = _scale(cohort)
-    per_case = {e.id: mean([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
+    per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
     test = measured(
         cohort, "T5", T5, "Q1", per_case, p=p, origin="[L] Samek et al. 2017; control by shifts [E]",
@@ -264,7 +266,7 @@ def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) ->
     controls = [name for name in next(iter(areas.values()), {}) if name != "map"]
     parts = []
     for name in controls:
-        won = mean([float(found["map"] > found[name]) for found in areas.values()])
+        won = mean_of_known([float(found["map"] > found[name]) for found in areas.values()])
         parts.append(f"{name} {won:.0%}")
     return f"Cases in which the map takes more, imputed by {imputer}: {', '.join(parts)}."
 
@@ -272,13 +274,13 @@ def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) ->
 # ---------------------------------------------------------------------------------- fidelity and stability
 
 
-def stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str, Maps]]:
+def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str, Maps]]:
     """T6: the map predicts effects better than shifted copies, and noise alters it less than another patient."""
     settings, better, stable = cohort.settings, {}, {}
     again: dict[str, Maps] = {}
     between = between_patients(cohort.cases, "spearman")
     for e, others in zip(cohort.cases, between, strict=True):
-        better[e.id] = _fidelity(e, network, settings, e.maps) - mean(
+        better[e.id] = _fidelity(e, network, settings, e.maps) - mean_of_known(
             [_fidelity(e, network, settings, m) for m in shifted_maps(e, settings.n_shifts, settings.seed)]
         )
         found = map_again(e, network, noised(e, settings.noise, settings.seed))
@@ -293,10 +295,11 @@ def stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str, Maps
         cohort, "T6", T6, "Q1", better, p=p, origin="[L] Yeh et al. 2019; comparison by shifts [E]",
         threshold=f"p < {settings.alpha:g}: R2 against the map shifted, and stability against other patients",
     )  # fmt: skip
-    kept = mean([e.per_case["T6 stability"] for e in cohort.cases])
+    kept = mean_of_known([e.per_case["T6 stability"] for e in cohort.cases])
+    others = mean_of_known(between)
     facts = (
         f"The map explains {test.value:+.2f} more of the effects (R2) than shifted copies (p = {p_values[0]:.2g}); "
-        f"noise of {settings.noise:.0%} leaves it alike by {kept:.2f}, maps of other patients by {mean(between):.2f} "
+        f"noise of {settings.noise:.0%} leaves it alike by {kept:.2f}, maps of other patients by {others:.2f} "
         f"(p = {p_values[1]:.2g})."
     )
     missed = f"{facts} The map does not predict effects, or noise alters it as much as swapping the patient."
@@ -313,10 +316,10 @@ def _fidelity(e: Evidence, network: nn.Module, settings: GroundingSettings, maps
     return float(found.r2.values[0])
 
 
-def cascade(cohort: Cohort, network: nn.Module, most: int = 3) -> None:
+def follow_cascade(cohort: Cohort, network: nn.Module) -> None:
     """Keep the curve of maps while layer after layer is randomized: for the eye, no test."""
     found = []
-    for e in cohort.cases[:most]:
+    for e in cohort.cases[: cohort.settings.n_cascade]:
         stages = cascading_randomization(
             e.explainer,
             network,
@@ -327,6 +330,8 @@ def cascade(cohort: Cohort, network: nn.Module, most: int = 3) -> None:
         )
         found.append(stages.similarity["pearson"][0].cpu().numpy())
     if found and len({len(row) for row in found}) == 1:
-        rows: Sequence[float] = [mean([float(row[i]) for row in found]) for i in range(len(found[0]))]
+        rows: Sequence[float] = [
+            mean_of_known([float(row[i]) for row in found]) for i in range(len(found[0]))
+        ]
         x = tuple(float(i) for i in range(len(rows) + 1))
         cohort.curves["cascade: pearson"] = {"x": x, "y": (1.0, *rows)}

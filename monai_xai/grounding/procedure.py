@@ -15,7 +15,7 @@ from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
-from monai_xai.grounding.evidence import Evidence, gather, mean
+from monai_xai.grounding.evidence import Evidence, gather, mean_of_known
 from monai_xai.grounding.words import (
     GroundedCase,
     Grounding,
@@ -86,7 +86,7 @@ def ground(
         else:
             cohort.cases.append(found)
     everyone = list(cohort.cases)
-    drafts = of_model.preconditions(cohort)
+    drafts = of_model.judge_preconditions(cohort)
     if cohort.cases and all(d.settled == "PASS" for d in drafts):
         drafts += _judge_model(cohort, network, second_network, permuted_network)
         if not _stopped(drafts, settings):
@@ -122,11 +122,15 @@ def _judge_model(
     cohort: Cohort, network: nn.Module, second: nn.Module | None, permuted: nn.Module | None
 ) -> list[Draft]:
     """P3 and T1 to T4."""
-    p3, t2 = of_model.randomization(cohort, network, second)
-    drafts = [p3, of_model.completeness(cohort), t2]
+    p3, t2 = of_model.judge_randomization(cohort, network, second)
+    drafts = [p3, of_model.judge_completeness(cohort), t2]
     if _stopped(drafts, cohort.settings):
         return drafts
-    return [*drafts, of_model.permuted_labels(cohort, permuted), of_model.classes(cohort, network)]
+    return [
+        *drafts,
+        of_model.judge_permuted_labels(cohort, permuted),
+        of_model.judge_classes(cohort, network),
+    ]
 
 
 def _stopped(drafts: Sequence[Draft], settings: GroundingSettings) -> bool:
@@ -139,22 +143,22 @@ def _judge_finding(
 ) -> list[Draft]:
     """T7 to T11: few or no calls of the network."""
     return [
-        *of_finding.location(cohort, others),
-        of_finding.shortcuts(cohort, confounders),
-        of_finding.informativeness(cohort),
-        of_finding.necessity(cohort, network),
+        *of_finding.judge_location(cohort, others),
+        of_finding.judge_shortcuts(cohort, confounders),
+        of_finding.judge_informativeness(cohort),
+        of_finding.judge_necessity(cohort, network),
     ]
 
 
 def _judge_costly(cohort: Cohort, network: nn.Module) -> list[Draft]:
     """T5, T6, T12 and T13."""
-    of_model.cascade(cohort, network)
-    t6, again = of_model.stability(cohort, network)
+    of_model.follow_cascade(cohort, network)
+    t6, again = of_model.judge_stability(cohort, network)
     return [
-        of_model.deletion(cohort, network),
+        of_model.judge_deletion(cohort, network),
         t6,
-        of_finding.repeatability(cohort, again),
-        of_finding.modalities(cohort, network),
+        of_finding.judge_repeatability(cohort, again),
+        of_finding.judge_modalities(cohort, network),
     ]
 
 
@@ -278,7 +282,7 @@ def _configuration(
         "parameters": sum(p.numel() for p in network.parameters()),
         "n_cases": len(cases),
         "left_out": dict(cohort.left_out),
-        "mean_seconds": mean([e.explanation.seconds for e in everyone]),
+        "mean_seconds": mean_of_known([e.explanation.seconds for e in everyone]),
         "settings": told,
         "seed": settings.seed,
         "versions": {

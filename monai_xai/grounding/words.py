@@ -67,6 +67,7 @@ class GroundingSettings:
         noise: T6, T12: noise of another acquisition, as a share of the standard deviation of each channel.
         n_region_shifts: T9: shifted copies of the region.
         n_draws: T7, T8: draws of a mean over the cohort.
+        n_cascade: for how many cases the map is followed while layer after layer is randomized (a curve, no test).
         stop_early: whether no more is done once T2 shows that the map does not depend on the weights.
         seed: of everything that is drawn.
     """
@@ -94,6 +95,7 @@ class GroundingSettings:
     noise: float = 0.1
     n_region_shifts: int = 4
     n_draws: int = 9999
+    n_cascade: int = 3
     stop_early: bool = True
     seed: int = 0
 
@@ -112,7 +114,7 @@ class GroundingSettings:
     def quick(cls, **settings: Any) -> GroundingSettings:
         """Return settings with a tenth of the effort: no reported controls, fewer networks and steps."""
         few = {"n_random": 1, "steps": 12, "n_shifts": 1, "n_orders": 0, "controls": False, "n_disturbed": 12,
-               "n_region_shifts": 2, "n_draws": 1999}  # fmt: skip
+               "n_region_shifts": 2, "n_draws": 1999, "n_cascade": 1}  # fmt: skip
         return cls(**{**few, **settings})
 
 

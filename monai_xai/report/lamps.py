@@ -17,7 +17,7 @@ SYMBOLS: dict[Color, str] = {
 WORDS: dict[Color, str] = {"green": "yes", "amber": "open", "red": "no", "grey": "not tested"}
 
 
-class Question(NamedTuple):
+class Asked(NamedTuple):
     """What a lamp asks.
 
     Args:
@@ -47,7 +47,7 @@ class Lamp(NamedTuple):
 
 
 QUESTIONS = (
-    Question(
+    Asked(
         "Model-dependent",
         ("T2",),
         ("T3", "T4"),
@@ -55,7 +55,7 @@ QUESTIONS = (
         "The map hardly changes when what the model has learned is destroyed: it shows the image, not the model.",
         "Nobody has looked whether the map depends on what the model has learned.",
     ),
-    Question(
+    Asked(
         "Removing it matters",
         ("T5",),
         (),
@@ -63,7 +63,7 @@ QUESTIONS = (
         "Removing the highlighted tissue changes the prediction no more than removing as much elsewhere.",
         "Nobody has looked whether the prediction changes when the highlighted tissue is removed.",
     ),
-    Question(
+    Asked(
         "In the lesion beyond chance",
         ("T7", "T8"),
         (),
@@ -71,7 +71,7 @@ QUESTIONS = (
         "The map lies in the marked finding no more than chance, or where findings usually are, would give.",
         "Nobody has looked whether the map lies in the marked finding: this needs outlines of the findings.",
     ),
-    Question(
+    Asked(
         "Stable",
         ("T6",),
         ("T12",),
@@ -93,7 +93,7 @@ def belongs(test: GroundingTest, ids: tuple[str, ...]) -> bool:
     return (found[0] if found else test.id) in ids
 
 
-def _lamp(question: Question, grounding: Grounding) -> Lamp:
+def _lamp(question: Asked, grounding: Grounding) -> Lamp:
     needed = [test for test in grounding.tests if belongs(test, question.tests)]
     further = [
         test
@@ -106,7 +106,7 @@ def _lamp(question: Question, grounding: Grounding) -> Lamp:
     return Lamp(question.name, color, sentence or _open(tests), tests)
 
 
-def _color(question: Question, needed: list[GroundingTest], further: list[GroundingTest]) -> Color:
+def _color(question: Asked, needed: list[GroundingTest], further: list[GroundingTest]) -> Color:
     status = {test.status for test in needed}
     if "FAIL" in status:
         return "red"

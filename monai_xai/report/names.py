@@ -31,7 +31,7 @@ class Disguise:
 
     Example:
         >>> Disguise(["patient26"], salt="secret").words("patient26 fails")
-        '4bb1cd0d fails'
+        'ff619c66 fails'
     """
 
     def __init__(self, names: Iterable[str], salt: str | None = None) -> None:

@@ -1,0 +1,453 @@
+"""Networks that are known to use the finding, or a tag in the corner: each verdict comes from its own situation."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from scipy import ndimage
+from torch import nn
+
+from monai_xai import (
+    Blocks,
+    ClassScore,
+    Constant,
+    Explainer,
+    FeatureAblation,
+    InputError,
+    InputXGradient,
+    IntegratedGradients,
+    Occlusion,
+    OutputScore,
+    RegionScore,
+)
+from monai_xai.attributors import Attribution, Attributor
+from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
+from monai_xai.grounding.drafts import Draft, settle
+from monai_xai.grounding.evidence import gather
+from monai_xai.grounding.of_finding import reached
+from monai_xai.grounding.procedure import ORDER, decide
+
+SIZE, N = 24, 8
+SETTINGS = GroundingSettings.quick(min_cases=N, steps=5, n_disturbed=6, n_draws=999, n_cascade=0)
+GRADIENTS = InputXGradient()
+
+
+class Reader(nn.Module):
+    """Looks for what is bright, with a weight for every place; the other class is the constant 0."""
+
+    def __init__(self, places: torch.Tensor, seed: int = 0, channels: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(channels, 1, 3, padding=1)
+        nn.init.constant_(self.conv.weight, 1 / 9)
+        nn.init.constant_(self.conv.bias, -1.2)
+        varied = places.float() * (1 + 0.2 * torch.rand(places.shape, generator=generator))
+        self.places = nn.Parameter(varied)
+
+    def forward(self, x):
+        score = (torch.relu(self.conv(x)) * self.places).flatten(1).sum(1, keepdim=True)
+        return torch.cat([torch.zeros_like(score), score], 1)
+
+
+def disk(row, column, radius):
+    rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    return (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
+
+
+BODY = disk(11.5, 11.5, 10.5)
+TAG = disk(1, 1, 1.5)
+PARTNER = disk(11, 11, 2.5)
+USES_LESION, USES_TAG = (Reader(BODY), Reader(BODY, seed=1)), (Reader(TAG), Reader(TAG, seed=1))
+
+
+def make_cases(n=N, *, partner=False, channels=1):
+    generator = np.random.default_rng(0)
+    cases, regions = [], {}
+    for i in range(n):
+        texture = ndimage.gaussian_filter(generator.normal(size=(SIZE, SIZE)), 1.5)
+        image = torch.from_numpy(0.3 * texture / texture.std()).float() * BODY + 0.5 * BODY + 3.0 * TAG
+        angle = 2 * math.pi * i / n
+        lesion = disk(11.5 + 6 * math.sin(angle), 11.5 + 6 * math.cos(angle), 2.2)
+        image = image + 3.0 * lesion + (3.0 * PARTNER if partner else 0.0)
+        other = torch.from_numpy(generator.normal(size=(channels - 1, SIZE, SIZE))).float()
+        cases.append(GroundingCase(f"case{i}", torch.cat([image[None], other])[None]))
+        regions[f"case{i}"] = lesion
+    return cases, regions
+
+
+CASES, REGIONS = make_cases()
+WITHIN = dict.fromkeys(REGIONS, BODY)
+
+
+def judge(networks=USES_LESION, attributor=GRADIENTS, cases=CASES, target=None, **given):
+    options = {
+        "regions": REGIONS,
+        "within": WITHIN,
+        "second_network": networks[1],
+        "settings": SETTINGS,
+        **given,
+    }
+    explainer = Explainer(target or ClassScore(1), attributor, progress=False)
+    return ground(explainer, networks[0], cases, **options)
+
+
+COMPLETE = {
+    "attributor": IntegratedGradients(n_steps=8, baseline=Constant(0.0)),
+    "settings": replace(SETTINGS, n_cascade=1),
+}
+
+
+@pytest.fixture(scope="module")
+def grounded():
+    return judge(**COMPLETE)
+
+
+@dataclass(frozen=True)
+class Edges(Attributor):
+    def attribute(self, scoring):
+        edges = [
+            ndimage.generic_gradient_magnitude(x[0].numpy(), ndimage.sobel) for x in scoring.inputs["image"]
+        ]
+        return Attribution({"image": torch.from_numpy(np.stack(edges))[:, None]}, scoring.score())
+
+
+@dataclass(frozen=True)
+class NotTheFinding(Attributor):
+    """The true map of all but the finding."""
+
+    def attribute(self, scoring):
+        found = GRADIENTS.attribute(scoring)
+        shown = (scoring.inputs["image"] < 2.2) | disk(11, 11, 3.6)
+        return replace(found, maps={"image": found.maps["image"] * shown})
+
+
+def test_a_true_map_of_a_network_that_uses_the_finding_is_grounded(grounded):
+    assert grounded.verdict == "GROUNDED", grounded.sentence
+    passed = {test.id for test in grounded.tests if test.status == "PASS"}
+    assert {"P1", "P2", "P3", "T1", "T2", "T5", "T6", "T7", "T8", "T9", "T10"} <= passed
+    assert [test.id for test in grounded.tests] == list(ORDER)
+    assert grounded.test("T7").value > 0.8
+    assert grounded.test("T9").value == pytest.approx(np.mean(list(grounded.test("T9").per_case.values())))
+
+
+def test_the_network_is_bit_for_bit_as_before_and_a_second_run_gives_the_same(grounded):
+    network = USES_LESION[0]
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    state = torch.get_rng_state()
+    again = judge(**COMPLETE).as_dict()
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    first = grounded.as_dict()
+    for result in (first, again):
+        result["configuration"].pop("mean_seconds")
+    assert again == first
+
+
+def test_the_result_is_json_without_nan(grounded):
+    text = json.dumps(grounded.as_dict(), allow_nan=False)
+    found = json.loads(text)
+    assert found["verdict"] == "GROUNDED"
+    assert found["tests"][0]["id"] == "P1"
+    assert found["configuration"]["settings"]["alpha"] == 0.05
+    assert next(t for t in found["tests"] if t["id"] == "T3")["p"] is None
+
+
+def test_what_a_page_shows_is_there(grounded):
+    (case, *_), names = grounded.cases, set(grounded.curves)
+    assert case.image.shape == (1, SIZE, SIZE)
+    assert case.attribution.shape == case.region.shape == (SIZE, SIZE)
+    assert case.region.dtype == bool
+    assert case.prediction is None
+    assert case.spacing == (1.0, 1.0)
+    assert case.values["T7"] == grounded.test("T7").per_case["case0"]
+    assert {"deletion, mean: map", "deletion, blur: map shifted", "cascade: pearson"} <= names
+    for curve in grounded.curves.values():
+        assert len(curve["x"]) == len(curve["y"])
+    fall = grounded.curves["deletion, mean: map"]["y"]
+    assert fall[0] == 0
+    assert fall[-1] < -0.5 * np.mean([c.score - c.baseline_score for c in grounded.cases])
+
+
+def test_p_values_are_corrected_within_their_gate(grounded):
+    for gate, count in (("Q1", 3), ("Q2", 3)):
+        tests = [t for t in grounded.tests if t.gate == gate and not math.isnan(t.p)]
+        assert len(tests) == count
+        smallest = min(tests, key=lambda t: t.p)
+        assert smallest.p_corrected == pytest.approx(count * smallest.p)
+
+
+def test_a_network_that_uses_the_tag_is_off_target_and_the_place_is_named():
+    tags = {"tag": dict.fromkeys(REGIONS, TAG)}
+    found = judge(USES_TAG, confounders=tags, second_network=None)  # a shortcut is found without one, too
+    assert found.test("T2").status == "PROVISIONAL"
+    assert found.verdict == "FAITHFUL BUT OFF TARGET"
+    assert "shortcut" in found.sentence
+    assert "points at tag" in found.sentence
+    assert "voxel (1, 1)" in found.sentence or "voxel (0, 0)" in found.sentence
+    assert found.test("T9").status == "FAIL"
+    assert found.test("T10").status == "FAIL"
+    assert found.test("T10").value > 0.9
+
+
+def test_edges_are_an_artifact_and_nothing_more_is_run():
+    found = judge(attributor=Edges())
+    assert found.verdict == "ARTIFACT"
+    assert "destroying the weights" in found.sentence
+    assert found.test("T2").value == pytest.approx(1.0)
+    assert {test.status for test in found.tests if test.id in ("T5", "T7", "T9")} == {"NA"}
+    assert judge(attributor=Edges(), cases=CASES[:1], regions=None, within=None).verdict != "GROUNDED"
+
+
+def test_a_map_that_leaves_the_finding_out_is_misleading():
+    cases, regions = make_cases(partner=True)
+    networks = Reader(BODY), Reader(BODY, 1)
+    for network in networks:
+        nn.init.constant_(network.conv.bias, -0.3)
+    found = judge(networks, NotTheFinding(), cases=cases, regions=regions)
+    assert found.verdict == "MODEL OK BUT MAP MISLEADING", found.sentence
+    assert found.test("T9").status == "PASS"
+    assert found.test("T7").status == "FAIL"
+
+
+def test_without_a_second_network_it_is_not_grounded_and_says_what_to_supply():
+    found = judge(second_network=None)
+    assert found.verdict == "INCONCLUSIVE"
+    assert found.test("T2").status == "PROVISIONAL"
+    assert any("second_network" in item for item in found.missing)
+
+
+def test_one_case_is_inconclusive():
+    found = judge(cases=CASES[:1], regions={"case0": REGIONS["case0"]}, within={"case0": BODY})
+    assert found.verdict == "INCONCLUSIVE"
+    assert any("at least 8 cases" in item for item in found.missing)
+    assert {found.test(name).status for name in ("T2", "T5", "T6", "T8", "T9", "T12")} == {"INCONCLUSIVE"}
+
+
+EMPTY = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        None,
+        {name: EMPTY if i % 2 else ~EMPTY for i, name in enumerate(REGIONS)},
+        dict.fromkeys(REGIONS, TAG),
+    ],
+    ids=["none", "empty or everything", "outside the body"],
+)
+def test_masks_that_say_nothing_are_inconclusive(regions):
+    found = judge(regions=regions)
+    assert found.verdict == "INCONCLUSIVE"
+    for name in ("T7", "T8", "T9"):
+        assert found.test(name).status == "INCONCLUSIVE", found.test(name).message
+        assert found.test(name).message
+        assert math.isnan(found.test(name).p)
+    assert any("mask" in item for item in found.missing)
+
+
+def test_a_prediction_that_does_not_move_is_nothing_to_explain():
+    cases = [GroundingCase(f"case{i}", torch.zeros(1, 1, SIZE, SIZE)) for i in range(N)]
+    found = judge(cases=cases)
+    assert found.verdict == "INCONCLUSIVE"
+    assert found.test("P1").status == "FAIL"
+    assert found.configuration["left_out"]["case0"]
+    assert {test.status for test in found.tests if test.gate != "P"} == {"NA"}
+
+
+def test_cases_of_mixed_shapes_leave_open_what_needs_one_grid():
+    sizes = [SIZE + 2 * i for i in range(N)]
+    pad = {f"case{i}": (0, size - SIZE, 0, size - SIZE) for i, size in enumerate(sizes)}
+    grown = [replace(c, inputs=nn.functional.pad(c.inputs * BODY, pad[c.id])) for c in CASES]
+    masks = {name: nn.functional.pad(m, pad[name]) for name, m in REGIONS.items()}
+    bodies = {name: nn.functional.pad(BODY, pad[name]) for name in REGIONS}
+
+    class Anywhere(Reader):
+        def forward(self, x):
+            score = torch.relu(self.conv(x)).flatten(1).sum(1, keepdim=True) * self.places.mean()
+            return torch.cat([torch.zeros_like(score), score], 1)
+
+    found = judge((Anywhere(BODY), Anywhere(BODY, 1)), cases=grown, regions=masks, within=bodies)
+    assert found.test("T7").status == "PASS"
+    assert found.test("T8").status == "INCONCLUSIVE"
+    assert found.verdict == "INCONCLUSIVE"
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match=r"case0.*more than once"):
+        judge(cases=[CASES[0], CASES[0]])
+    with pytest.raises(InputError, match="regions has masks for"):
+        judge(cases=CASES[:2])
+    with pytest.raises(InputError, match=r"Case case0.*must have the shape"):
+        judge(cases=CASES[:1], regions={"case0": EMPTY[1:]}, within=None)
+    with pytest.raises(InputError, match=r"Case two.*batch of one"):
+        judge(cases=[GroundingCase("two", torch.zeros(2, 1, SIZE, SIZE))], regions=None, within=None)
+    with pytest.raises(InputError, match="judges maps of images"):
+        judge(cases=[GroundingCase("vector", torch.zeros(1, 4))], regions=None, within=None)
+    with pytest.raises(InputError, match="two or more"):
+        GroundingSettings(imputers={"mean": "mean"})
+
+
+def test_modalities_that_the_network_does_not_use_are_named():
+    cases, regions = make_cases(channels=2)
+
+    class First(Reader):
+        def forward(self, x):
+            return super().forward(x[:, :1])
+
+    networks = First(BODY), First(BODY, 1)
+    found = judge(networks, cases=cases, regions=regions).test("T13")
+    assert found.status == "FAIL"
+    assert "image 1 contribute" in found.message
+
+
+def test_wrong_predictions_permuted_labels_and_a_third_class_are_looked_at():
+    class Three(Reader):
+        def forward(self, x):
+            two = super().forward(x)
+            return torch.cat(
+                [2 * two[:, 1:], two[:, 1:], 3 * two[:, 1:]], 1
+            )  # the same picture for every class
+
+    cases = [replace(c, correct=i % 2 == 0) for i, c in enumerate(CASES)]
+    networks = Three(BODY), Three(BODY, 1)
+    found = judge(networks, cases=cases, permuted_network=Three(TAG))
+    assert found.test("T3").status == "PASS"
+    assert found.test("T11").n == N
+    assert found.test("T7").n == N // 2
+    assert found.test("T4").value == pytest.approx(1.0)
+    assert "Weak: T4 failed" in found.sentence
+    same = judge(networks, cases=cases, permuted_network=networks[0]).test("T3")
+    assert same.status == "FAIL"
+    assert same.value == pytest.approx(1.0)
+
+
+def test_a_regression_may_fall_where_the_finding_is():
+    class Falls(Reader):
+        def forward(self, x):
+            return -super().forward(x)[:, 1:]
+
+    found = judge((Falls(BODY), Falls(BODY, 1)), target=OutputScore())
+    assert found.verdict == "GROUNDED", found.sentence
+    assert found.test("T9").value > 0
+
+
+# ----------------------------------------------------------------------------------------- rules of the verdict
+
+PASSED = {**dict.fromkeys(ORDER, "PASS"), "T3": "NA", "T4": "NA", "T11": "NA", "T13": "NA"}
+
+
+def verdict_of(n=N, **changed):
+    tests = [
+        GroundingTest(name, "", "P" if name[0] == "P" else "Q1" if int(name[1:]) < 7 else "Q2", status=status)
+        for name, status in {**PASSED, **changed}.items()
+    ]
+    return decide(tests, n, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "GROUNDED"),
+        ({"T10": "NA"}, "GROUNDED"),
+        ({"T6": "FAIL"}, "GROUNDED"),
+        ({"n": N - 1}, "INCONCLUSIVE"),
+        ({"T2": "PROVISIONAL"}, "INCONCLUSIVE"),
+        ({"T2": "FAIL"}, "ARTIFACT"),
+        ({"T5": "FAIL"}, "ARTIFACT"),
+        ({"T5": "FAIL", "T9": "FAIL"}, "ARTIFACT"),
+        ({"T5": "INCONCLUSIVE", "T9": "FAIL"}, "INCONCLUSIVE"),
+        ({"T9": "FAIL"}, "FAITHFUL BUT OFF TARGET"),
+        ({"T10": "FAIL"}, "FAITHFUL BUT OFF TARGET"),
+        ({"T2": "PROVISIONAL", "T10": "FAIL", "T7": "FAIL"}, "FAITHFUL BUT OFF TARGET"),
+        ({"T7": "FAIL"}, "MODEL OK BUT MAP MISLEADING"),
+        ({"T8": "FAIL"}, "MODEL OK BUT MAP MISLEADING"),
+        ({"T8": "FAIL", "T9": "INCONCLUSIVE"}, "INCONCLUSIVE"),
+        ({"T10": "INCONCLUSIVE"}, "INCONCLUSIVE"),
+        ({"P2": "FAIL", "T2": "FAIL"}, "INCONCLUSIVE"),
+    ],
+    ids=str,
+)
+def test_the_verdict_follows_the_rules(changed, verdict):
+    found, sentence, _ = verdict_of(**changed)
+    assert found == verdict
+    assert sentence
+
+
+def test_a_weak_explanation_keeps_its_verdict_with_a_warning():
+    assert "Weak: T1, T6 failed" in verdict_of(T1="FAIL", T6="FAIL")[1]
+
+
+def test_a_test_that_finds_nothing_fails_with_enough_cases_only():
+    def status(p, n, **kinds):
+        draft = Draft(GroundingTest("T5", "", "Q1", p=p, n=n), "found", "missed", **kinds)
+        tests, missing = settle([draft], SETTINGS)
+        return tests[0].status, tests[0].message, missing
+
+    assert status(0.01, 5)[:2] == ("PASS", "found")
+    assert status(0.2, N)[:2] == ("FAIL", "missed")
+    assert status(0.2, 5)[0] == "INCONCLUSIVE"
+    assert status(0.2, 5)[2] == ["at least 8 cases (T5 has 5)"]
+    assert status(math.nan, N)[0] == "INCONCLUSIVE"
+
+
+def test_holm_may_turn_a_pass_over():
+    drafts = [Draft(GroundingTest(f"T{i}", "", "Q1", p=0.03, n=N)) for i in (2, 5)]
+    assert [test.status for test in settle(drafts, SETTINGS)[0]] == ["FAIL", "FAIL"]
+    apart = [drafts[0], Draft(GroundingTest("T7", "", "Q2", p=0.03, n=N))]
+    assert [test.status for test in settle(apart, SETTINGS)[0]] == ["PASS", "PASS"]
+
+
+def test_a_segmentation_over_sliding_windows_with_two_channels_is_judged():
+    class Segments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(2, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    torch.manual_seed(0)
+    networks = [Segments().eval() for _ in range(2)]
+    inferer = SlidingWindowInferer(roi_size=(8, 8, 8), overlap=0.25)
+    explainer = Explainer(RegionScore(1), GRADIENTS, inferer, progress=False)
+    generator = torch.Generator().manual_seed(1)
+    cases = [GroundingCase(f"scan{i}", torch.randn(1, 2, 12, 12, 12, generator=generator)) for i in range(2)]
+    region = torch.zeros(12, 12, 12, dtype=torch.bool)
+    region[3:6, 3:6, 3:6] = True
+    regions = {"scan0": region, "scan1": region.roll(3, 0)}
+    found = ground(
+        explainer, networks[0], cases, regions=regions, second_network=networks[1], settings=SETTINGS
+    )
+    assert found.verdict == "INCONCLUSIVE"
+    assert found.cases[0].prediction.shape == (12, 12, 12)
+    assert 0 < found.cases[0].prediction.mean() < 1
+    with torch.no_grad():
+        output = inferer(cases[0].inputs, networks[0])
+    mask = output.argmax(1, keepdim=True) == 1
+    assert found.cases[0].score == pytest.approx(float(output[:, 1:][mask].mean()), rel=1e-5)
+    for name in ("T5", "T6", "T7", "T9", "T12"):
+        assert not math.isnan(found.test(name).value), found.test(name).message
+
+
+def test_a_painted_map_is_no_finer_than_its_windows_or_features():
+    masked = [replace(case, inputs=case.inputs * BODY) for case in CASES[:1]]
+    inside = {"case0": REGIONS["case0"]}
+
+    def body_of(attributor):
+        explainer = Explainer(ClassScore(1), attributor, progress=False)
+        found = gather(explainer, USES_LESION[0], masked[0], inside["case0"], BODY)
+        return reached(found)[0, 0]
+
+    assert torch.equal(body_of(GRADIENTS), BODY)
+    windows = body_of(Occlusion((1, 3, 2), (1, 3, 2), Constant(0.0)))
+    expected = ndimage.binary_dilation(BODY.numpy(), np.ones((5, 3)))
+    assert np.array_equal(windows.numpy(), expected)
+    blocks = body_of(FeatureAblation(Blocks(6), Constant(0.0)))
+    count = BODY.reshape(4, 6, 4, 6).any(3).any(1)
+    assert torch.equal(blocks, count.repeat_interleave(6, 0).repeat_interleave(6, 1))
