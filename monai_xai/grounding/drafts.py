@@ -106,7 +106,8 @@ def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> Grou
     status = draft.settled or _status(test, settings)
     message = test.message or (draft.found if status == "PASS" else draft.missed)
     if status == "INCONCLUSIVE" and not test.message:
-        message = f"{draft.missed or 'Not decided'} (not decided: {test.n} cases, p = {corrected:.2g})"
+        message = f"Not decided by {test.n} cases (p = {corrected:.2g})."
+        message += f" Not excluded: {draft.missed}" if draft.missed else ""
     return replace(test, status=status, message=message)
 
 
