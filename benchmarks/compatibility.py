@@ -454,7 +454,9 @@ def judge(subject: Subject, network: nn.Module, name: str) -> Outcome:
         )  # which an engine has, and whoever wraps it for Captum
     start = time.perf_counter()
     try:
-        explainer = xai.Explainer(subject.target(), method, progress=False, tolerated_gap=math.inf)
+        is_auto = isinstance(getattr(method, "baseline", None), xai.Auto)  # which looks at the tolerated gap
+        tolerated = TOLERATED if is_auto else math.inf
+        explainer = xai.Explainer(subject.target(), method, progress=False, tolerated_gap=tolerated)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", xai.SeveredGradientWarning)
             explanation = explainer(network, subject.inputs(), prediction=prediction)
