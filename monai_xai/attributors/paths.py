@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, BaselineAttributor, average
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.forward import Scoring, Tensors
@@ -54,6 +54,9 @@ class BlurIntegratedGradients(BaselineAttributor):
                 f"BlurIntegratedGradients needs a Blur(sigma) to begin at, or a mapping with a Blur for an image, got "
                 f"{self.baseline}. IntegratedGradients(baseline=...) takes the straight line from any baseline."
             )
+
+    def remedies(self) -> Iterator[Attributor]:
+        yield replace(self, n_steps=4 * self.n_steps)
 
     def attribute(self, scoring: Scoring) -> Attribution:
         draws = self.draws(scoring)
