@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-GIB = 2**30
+from monai_xai.memory import GIB, PeakMemory
+
 LONG = 12.0  # seconds, from which on one run is enough
 
 
@@ -36,12 +36,10 @@ def measure(work: Callable[[], float]) -> Cost:
     Memory is of the first run. Work of a few seconds is run again, and its quickest run counts, since the first one
     also chooses kernels and maps memory.
     """
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _memory("VmRSS")
-    seconds, note = _timed(work)
-    memory = (_memory("VmHWM") - before) / GIB
+    with PeakMemory() as peak:
+        seconds, note = _timed(work)
     repeats = int(LONG // seconds)
-    return Cost(min([seconds, *(_timed(work)[0] for _ in range(repeats))]), memory, note)
+    return Cost(min([seconds, *(_timed(work)[0] for _ in range(repeats))]), peak.gib, note)
 
 
 def _timed(work: Callable[[], float]) -> tuple[float, float]:
@@ -72,10 +70,3 @@ def _run(case: str, settings: dict[str, str], limit_gib: float | None) -> Cost |
     environment = {**os.environ, **settings}
     result = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit, env=environment, check=False)
     return Cost(*json.loads(result.stdout)) if result.returncode == 0 else None
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")

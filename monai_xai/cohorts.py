@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monai_xai.errors import InputError
-from monai_xai.files import as_csv, without_nan, write_whole
+from monai_xai.files import as_csv, as_json, write_whole
 from monai_xai.modalities import ModalityExplanation
 from monai_xai.statistics import holm, interval, sign_flip_test
 
@@ -165,8 +164,5 @@ class ModalityCohort:
         table, document = Path(folder, "modalities.csv"), Path(folder, "modalities.json")
         write_whole(table, as_csv(cases))
         summary = [row._asdict() for row in self.rows()]
-        write_whole(
-            document,
-            json.dumps(without_nan({"cohort": summary, "pairs": self.pairs(), "cases": cases}), indent=1),
-        )
+        write_whole(document, as_json({"cohort": summary, "pairs": self.pairs(), "cases": cases}))
         return table, document

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +19,10 @@ from monai_xai import metrics
 from monai_xai.errors import InputError, XaiError
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
-from monai_xai.files import as_csv, without_nan, write_whole
+from monai_xai.files import as_csv, as_json, write_whole
 from monai_xai.forward import with_progress
 from monai_xai.grounding import GroundingCase
+from monai_xai.memory import PeakMemory
 from monai_xai.metrics import Scores
 from monai_xai.statistics import holm, interval, sign_flip_test
 
@@ -38,6 +37,7 @@ class Judged(NamedTuple):
         explanation: its explanation.
         region: where the evidence should be, shape (1, 1, *spatial), or None.
         within: the body, likewise.
+        peak_gib: additional memory that the explanation took at its peak; NaN where nothing tells.
     """
 
     explainer: Explainer
@@ -46,6 +46,7 @@ class Judged(NamedTuple):
     explanation: Explanation
     region: Tensor | None
     within: Tensor | None
+    peak_gib: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ def _gap(judged: Judged) -> Scores:
 
 
 def _undefined(reason: str) -> Scores:
-    return Scores(torch.tensor([math.nan]), (reason,))
+    return _known(math.nan, reason)
+
+
+def _known(value: float, reason: str) -> Scores:
+    """Return one value, with the reason for where it is NaN."""
+    return Scores(torch.tensor([value], dtype=torch.float64), (reason,))
 
 
 def default_criteria() -> dict[str, Criterion]:
@@ -244,7 +250,7 @@ class Comparison:
         cases = list(self.case_rows())
         write_whole(table, as_csv(cases))
         summary = {"summary": [row._asdict() for row in self.rows()], "cases": cases}
-        write_whole(document, json.dumps(without_nan(summary), indent=1))
+        write_whole(document, as_json(summary))
         return table, document
 
 
@@ -279,9 +285,9 @@ def compare(
         raise InputError(
             f"compare() needs two explainers or more and a case, got {len(explainers)} and {len(cases)}."
         )
-    chosen = dict(default_criteria() if criteria is None else criteria)
+    chosen = {**(default_criteria() if criteria is None else criteria), **_COSTS}
     names, ids = list(explainers), [case.id for case in cases]
-    values = {name: np.full((len(names), len(ids)), math.nan) for name in (*chosen, *_COSTS)}
+    values = {name: np.full((len(names), len(ids)), math.nan) for name in chosen}
     reasons: dict[tuple[str, str, str], str] = {}
     pairs = [(m, c) for c in range(len(ids)) for m in range(len(names))]
     for m, c in with_progress(pairs, "methods and cases", shown=progress):
@@ -291,12 +297,14 @@ def compare(
             values[criterion][m, c] = float(score.values[0])
             if score.reasons[0]:
                 reasons[criterion, names[m], ids[c]] = score.reasons[0]
-    return Comparison(tuple(names), {**chosen, **_COSTS}, tuple(ids), values, reasons, seed)
+    return Comparison(tuple(names), chosen, tuple(ids), values, reasons, seed)
 
 
 _COSTS = {
-    "seconds": Criterion(lambda judged: Scores(torch.tensor([judged.explanation.seconds])), "less", "s"),
-    "peak GiB": Criterion(lambda judged: _undefined("not measured"), "less", "GiB"),
+    "seconds": Criterion(lambda judged: _known(judged.explanation.seconds, "not measured"), "less", "s"),
+    "peak GiB": Criterion(
+        lambda judged: _known(judged.peak_gib, "not measured on this system"), "less", "GiB"
+    ),
 }
 
 
@@ -309,20 +317,18 @@ def _judge_all(
     within: Tensor | None,
 ) -> dict[str, Scores]:
     """Explain a case once, and return every score of its explanation."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompletenessWarning)  # the gap is a criterion of its own
         try:
-            with _PeakMemory(network) as peak:
+            with PeakMemory(device) as peak:
                 explanation = explainer(network, case.inputs, case.label)
         except XaiError as error:
-            return {name: _undefined(str(error)) for name in (*criteria, *_COSTS)}
+            return dict.fromkeys(criteria, _undefined(str(error)))
         if not isinstance(explanation, Explanation):
             raise InputError("compare() needs explainers of one target each.")
-        judged = Judged(explainer, network, case, explanation, region, within)
-        scores = {name: _judge(criterion, judged) for name, criterion in criteria.items()}
-    scores["seconds"] = _COSTS["seconds"].judge(judged)
-    scores["peak GiB"] = Scores(torch.tensor([peak.gib]), ("not measured on this system",))
-    return scores
+        judged = Judged(explainer, network, case, explanation, region, within, peak.gib)
+        return {name: _judge(criterion, judged) for name, criterion in criteria.items()}
 
 
 def _judge(criterion: Criterion, judged: Judged) -> Scores:
@@ -330,39 +336,6 @@ def _judge(criterion: Criterion, judged: Judged) -> Scores:
         return criterion.judge(judged)
     except XaiError as error:
         return _undefined(str(error))
-
-
-class _PeakMemory:
-    """Additional memory at its peak: of the GPU that the network is on, or of this process (Linux); else NaN."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.device = next((p.device for p in network.parameters()), torch.device("cpu"))
-        self.gib = math.nan
-        self._before = math.nan
-
-    def __enter__(self) -> _PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        elif _CLEAR.exists():
-            with suppress(OSError):
-                _CLEAR.write_text("5")
-                self._before = _status("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        is_gpu = self.device.type == "cuda"
-        if is_gpu or self._before == self._before:
-            peak = torch.cuda.max_memory_allocated(self.device) if is_gpu else _status("VmHWM")
-            self.gib = max(peak - self._before, 0) / 2**30
-
-
-_CLEAR = Path("/proc/self/clear_refs")
-
-
-def _status(field_name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field_name)), math.nan)
 
 
 def _cell(row: ComparisonRow, rivals: Sequence[ComparisonRow]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -22,13 +25,22 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def without_nan(value: Any) -> Any:
-    """Return a value in which NaN, which JSON does not know, is None."""
+def as_json(value: Any) -> str:
+    """Return a value as JSON, see :func:`plain`."""
+    return json.dumps(plain(value), indent=1)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON knows it: NaN and infinity are None, arrays lists, and what is left is written out."""
     if isinstance(value, Mapping):
-        return {key: without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -120,7 +120,6 @@ class Term(ABC):
         Raises:
             UnsupportedNetworkError: if the score does not depend on the inputs.
         """
-        refuse_quantized(self.network)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in inputs]
             scores: Tensor = self.function(*(x.clone() for x in leaves), *self.selection())
@@ -377,7 +376,9 @@ class Scoring:
 
         Raises:
             AttributionError: naming the window and its shapes, if ``attribute`` fails.
+            UnsupportedNetworkError: if the network is quantized, so that nothing comes back through it.
         """
+        refuse_quantized(self.terms[0].network)
         totals = [torch.zeros_like(self.padding.pad(x)) for x in self.values]
         for number, (term, parts) in enumerate(self.parts(name, *wholes)):
             window = f", window {number + 1} of {len(self.terms)}" if len(self.terms) > 1 else ""

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.forward import Term, graph_nodes
-from monai_xai.networks import refuse_scripts
+from monai_xai.networks import refuse_quantized, refuse_scripts
 
 
 class Kind(Enum):
@@ -316,6 +316,7 @@ def trace(term: Term, inputs: Sequence[Tensor], watch: Watch) -> tuple[Tensor, l
     Raises:
         UnsupportedNetworkError: naming the part of the network that no watch sees.
     """
+    refuse_quantized(term.network)
     refuse_scripts(term.network, "which hides the calls that this method changes")
     unseen = _Unseen(watch)
     try:

@@ -169,6 +169,10 @@ class Task:
         is_known = target.needs is Needs.NOTHING or (self._sliding is not None and target.linear)
         if is_known and target.needs is not Needs.VALUES:
             return self._placeholder(target)
+        return self.prediction(target)
+
+    def prediction(self, target: Target) -> Tensor:
+        """Return the clean prediction that a target looks at, shape (N, ...)."""
         if target.head not in self._predictions:
             self._predictions[target.head] = self._predict(target)
         return self._predictions[target.head]

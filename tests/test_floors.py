@@ -20,6 +20,7 @@ FLOORS = {
     "tables": 0,
     "spelling": 0,
     "files": 0,
+    "memory": 0,
     "explanation": 0,
     "calls": 1,
     "forward": 1,

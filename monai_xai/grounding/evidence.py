@@ -22,8 +22,8 @@ from monai_xai.grounding.words import GroundingCase, GroundingSettings
 from monai_xai.metrics.base import as_mask, as_one_map, foreground, real
 from monai_xai.metrics.questions import FrozenTarget, ask, explain_again, try_again
 from monai_xai.metrics.similarity import SimilarityKind, mean_similarity
-from monai_xai.regions import Mask, Needs, Predicted
-from monai_xai.targets import OutputScore, Target
+from monai_xai.regions import Mask, Predicted
+from monai_xai.targets import OutputScore
 from monai_xai.tasks import name_inputs
 
 Maps = Mapping[str, Tensor]
@@ -89,10 +89,13 @@ class Evidence:
         return {name: values.abs() for name, values in maps.items()} if self.is_unsigned else maps
 
     def located(self, explanation: Explanation | None = None) -> Tensor:
+        """Return the map of an explanation as :meth:`on_grid` does; None takes the one that is judged."""
+        return self.on_grid(self.signed(explanation or self.explanation))
+
+    def on_grid(self, maps: Maps) -> Tensor:
         """Return one map on the grid of the first image, the sum over channels and images, shape (1, 1, *spatial)."""
-        found = self.signed(explanation or self.explanation)
         shape = self.inputs[self.grid].shape[2:]
-        parts = [as_one_map(m) for m in found.values() if m.ndim > 2 and m.shape[2:] == shape]
+        parts = [as_one_map(m) for m in maps.values() if m.ndim > 2 and m.shape[2:] == shape]
         if not parts:
             raise InputError(f"{self.explanation.method} gives no map on the grid of {self.grid!r}.")
         return torch.stack(parts).sum(0).cpu()
@@ -135,24 +138,6 @@ class Evidence:
         return max(settings.until * float(self.body.double().mean()), 1.01 / self.body.numel())
 
 
-@dataclass(frozen=True)
-class _Peek(Target):
-    """Keeps the clean prediction; its score says nothing."""
-
-    seen: list[Tensor] = field(default_factory=list)
-
-    @property
-    def needs(self) -> Needs:
-        return Needs.VALUES
-
-    def select(self, output: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
-        self.seen.append(output.detach())
-        return ()
-
-    def score(self, output: Tensor, *selection: Tensor) -> Tensor:
-        return output.flatten(1).sum(1)
-
-
 def gather(
     explainer: Explainer,
     network: nn.Module,
@@ -189,9 +174,7 @@ def gather(
             frozen = replace(
                 explainer, target=asked.target, progress=False, tolerated_gap=_tolerated(explainer)
             )
-            peek = _Peek(head=asked.target.head)
-        with ask(frozen, network, inputs, case.label, score=peek):
-            output = peek.seen[0]
+            output = asked.task.prediction(asked.target)
         explanation = explain_again(frozen, network, inputs)
         score, off = _baseline(frozen, network, inputs, explanation)
     except (EmptyRegionError, AttributionError) as reason:

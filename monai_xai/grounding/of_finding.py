@@ -15,7 +15,7 @@ from monai_xai.errors import InputError
 from monai_xai.features import as_features
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
 from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known
-from monai_xai.metrics.base import as_one_map
+from monai_xai.metrics.base import grown
 from monai_xai.metrics.faithfulness import necessity_and_sufficiency
 from monai_xai.metrics.localization import (
     average_precision,
@@ -272,23 +272,12 @@ def reached(e: Evidence) -> Tensor:
     if isinstance(window, Sequence) and window and isinstance(window[0], Sequence):  # one for each input
         window = window[list(e.inputs).index(e.grid)]
     if isinstance(window, Sequence) and len(window) == body.ndim - 1:
-        for axis, size in enumerate(window[1:], 2):
-            steps = range(1 - int(size), int(size))
-            body = torch.stack([_moved(body, axis, step) for step in steps]).any(0)
+        body = grown(body, [int(size) - 1 for size in window[1:]])
     features = getattr(attributor, "features", None)
     if attributor.paints and features is not None:
         numbers = as_features(features).mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
         body = torch.isin(numbers, numbers[body.expand_as(numbers)].unique()).any(1, keepdim=True)
     return body
-
-
-def _moved(mask: Tensor, axis: int, step: int) -> Tensor:
-    """Return a mask moved along one axis; what leaves the image is lost."""
-    n, moved = mask.shape[axis], torch.zeros_like(mask)
-    if abs(step) < n:
-        kept = mask.narrow(axis, max(-step, 0), n - abs(step))
-        moved.narrow(axis, max(step, 0), n - abs(step)).copy_(kept)
-    return moved
 
 
 def _peak(cohort: Cohort) -> str:
@@ -374,7 +363,7 @@ def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
     for e in marked(cohort):
         row = [_mass(e, e.located())]
         if e.id in again:
-            row.append(_mass(e, _on_grid(e, again[e.id])))
+            row.append(_mass(e, e.on_grid(again[e.id])))
         if e.id in cohort.second:
             row.append(_mass(e, e.located(cohort.second[e.id])))
         rows[e.id] = row
@@ -407,12 +396,6 @@ def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
 
 def _resampled(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, size=(500, n))
-
-
-def _on_grid(e: Evidence, maps: Maps) -> Tensor:
-    shape = e.body.shape[2:]
-    parts = [as_one_map(m) for m in maps.values() if m.ndim > 2 and m.shape[2:] == shape]
-    return torch.stack(parts).sum(0).cpu()
 
 
 # ---------------------------------------------------------------------------------------------- modalities

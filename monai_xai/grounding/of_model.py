@@ -198,12 +198,17 @@ def _not_the_same(
 def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer."""
     settings, gains, p_values, said = cohort.settings, {}, {}, []
-    for name in settings.imputers:
-        areas = {e.id: _areas(cohort, e, network, name) for e in cohort.cases}
-        gains[name] = {case: found["map"] - found["map shifted"] for case, found in areas.items()}
+    falls: dict[str, dict[str, Falls]] = {name: {} for name in settings.imputers}
+    for e in cohort.cases:
+        orders = _orders(e, settings)
+        for name in settings.imputers:
+            falls[name][e.id] = _falls(e, network, settings, name, orders)
+    for name, found_in in falls.items():
+        areas = {case: {order: float(y.mean()) for order, y in ys.items()} for case, ys in found_in.items()}
+        gains[name] = {case: area["map"] - area["map shifted"] for case, area in areas.items()}
         p_values[name] = signed_rank_test(list(gains[name].values()))
         said.append(_against_controls(name, areas))
-        _finish_curves(cohort, name)
+        cohort.curves |= _mean_curves(name, list(found_in.values()), settings)
     scale = _scale(cohort)
     per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
@@ -225,13 +230,25 @@ def _scale(cohort: Cohort) -> float:
     return float(np.mean([abs(e.score - e.baseline_score) for e in cohort.cases])) or 1.0
 
 
-def _areas(cohort: Cohort, e: Evidence, network: nn.Module, imputer: str) -> dict[str, float]:
-    """Return the mean fall of the score along the deletion curve, by what gives the order."""
-    settings = cohort.settings
+Falls = Mapping[str, np.ndarray]
+"""How far the score has fallen along the deletion curve, shape (steps,), by what gave the order."""
+
+
+def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
+    """Return the map and its controls, by what they are; several of a kind are averaged."""
     orders: list[tuple[str, Maps]] = [("map", e.maps)]
     orders += [("map shifted", maps) for maps in shifted_maps(e, settings.n_shifts, settings.seed)]
     orders += [("Sobel", edges(e)), ("intensity", intensity(e))] if settings.controls else []
-    orders += [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
+    return orders + [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
+
+
+def _falls(
+    e: Evidence,
+    network: nn.Module,
+    settings: GroundingSettings,
+    imputer: str,
+    orders: Sequence[tuple[str, Maps]],
+) -> Falls:
     falls: dict[str, list[np.ndarray]] = {}
     for name, maps in orders:
         curve = deletion_curve(
@@ -241,24 +258,16 @@ def _areas(cohort: Cohort, e: Evidence, network: nn.Module, imputer: str) -> dic
         )  # fmt: skip
         fall = (curve.clean[:, None] - curve.raw)[0]
         falls.setdefault(name, []).append((fall.abs() if e.is_unsigned else fall).double().cpu().numpy())
+    return {name: np.mean(found, axis=0) for name, found in falls.items()}
+
+
+def _mean_curves(
+    imputer: str, cases: Sequence[Falls], settings: GroundingSettings
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Return the curves of the page: the mean change of the score over cases."""
     x = tuple(np.linspace(0, settings.until, settings.steps).tolist())
-    for name, found in falls.items():
-        _collect(cohort, f"deletion, {imputer}: {name}", x, np.mean(found, axis=0))
-    return {name: float(np.mean(found)) for name, found in falls.items()}
-
-
-def _collect(cohort: Cohort, name: str, x: tuple[float, ...], fall: np.ndarray) -> None:
-    """Add a case to a curve, which is a sum until all cases are in it."""
-    before = cohort.curves.get(name, {"x": x, "y": (0.0,) * len(x), "n": (0.0,)})
-    y = tuple(float(a + b) for a, b in zip(before["y"], fall, strict=True))
-    cohort.curves[name] = {"x": x, "y": y, "n": (before["n"][0] + 1,)}
-
-
-def _finish_curves(cohort: Cohort, imputer: str) -> None:
-    for name, curve in cohort.curves.items():
-        if name.startswith(f"deletion, {imputer}:") and "n" in curve:
-            number = curve["n"][0]
-            cohort.curves[name] = {"x": curve["x"], "y": tuple(-y / number for y in curve["y"])}
+    means = {name: np.mean([case[name] for case in cases], axis=0) for name in cases[0]}
+    return {f"deletion, {imputer}: {name}": {"x": x, "y": tuple((-y).tolist())} for name, y in means.items()}
 
 
 def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
+from monai_xai.files import plain
 from monai_xai.tasks import Inputs, Label
 
 Gate = Literal["P", "Q1", "Q2"]
@@ -156,7 +157,7 @@ class GroundingTest:
 
     def as_dict(self) -> dict[str, Any]:
         """This test as numbers, text, lists and dicts, ready for JSON (undefined numbers are None)."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,30 +231,13 @@ class Grounding:
             "cases": [
                 {
                     "id": case.id,
-                    "spacing": _plain(case.spacing),
-                    "score": _plain(case.score),
-                    "baseline_score": _plain(case.baseline_score),
-                    "values": _plain(case.values),
+                    "spacing": plain(case.spacing),
+                    "score": plain(case.score),
+                    "baseline_score": plain(case.baseline_score),
+                    "values": plain(case.values),
                 }
                 for case in self.cases
             ],
-            "curves": _plain(self.curves),
-            "configuration": _plain(self.configuration),
+            "curves": plain(self.curves),
+            "configuration": plain(self.configuration),
         }
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON knows it."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.integer):
-        return int(value)
-    return str(value)

@@ -150,7 +150,15 @@ class LocalizationPrecision(_LocalizationMetric):
         return average_precision(maps, region, within)
 
 
-class PointingGame(_LocalizationMetric):
+class _HitMetric(_LocalizationMetric):
+    """A metric of highest points that may miss the region by a distance."""
+
+    def __init__(self, tolerance_mm: float = 0.0, spacing: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.tolerance_mm, self.spacing = tolerance_mm, spacing
+
+
+class PointingGame(_HitMetric):
     """Mean of :func:`~monai_xai.metrics.pointing_game`.
 
     Args:
@@ -158,25 +166,17 @@ class PointingGame(_LocalizationMetric):
         spacing: size of a voxel in millimeters; None takes it from the affine of the maps.
     """
 
-    def __init__(self, tolerance_mm: float = 0.0, spacing: Sequence[float] | None = None) -> None:
-        super().__init__()
-        self.tolerance_mm, self.spacing = tolerance_mm, spacing
-
     def compare(self, maps: Tensor, region: Tensor, within: Tensor | None) -> Scores:
         return pointing_game(maps, region, within, tolerance_mm=self.tolerance_mm, spacing=self.spacing)
 
 
-class LesionHitRate(_LocalizationMetric):
+class LesionHitRate(_HitMetric):
     """Mean of :func:`~monai_xai.metrics.lesion_hit_rate`.
 
     Args:
         tolerance_mm: distance that is still a hit, in millimeters.
         spacing: size of a voxel in millimeters; None takes it from the affine of the maps.
     """
-
-    def __init__(self, tolerance_mm: float = 0.0, spacing: Sequence[float] | None = None) -> None:
-        super().__init__()
-        self.tolerance_mm, self.spacing = tolerance_mm, spacing
 
     def compare(self, maps: Tensor, region: Tensor, within: Tensor | None) -> Scores:
         return lesion_hit_rate(maps, region, within, tolerance_mm=self.tolerance_mm, spacing=self.spacing)

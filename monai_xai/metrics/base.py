@@ -192,3 +192,24 @@ def spacing_of(maps: Tensor, spacing: Sequence[float] | None) -> list[tuple[floa
             f"The affine of the maps gives no voxel size for each of {n} samples: give spacing=(...)."
         )
     return [tuple(sizes) for sizes in columns] * (n // len(columns))
+
+
+def grown(mask: Tensor, margins: Sequence[int]) -> Tensor:
+    """Return a mask grown by a box.
+
+    Args:
+        mask: shape (N, 1, *spatial), bool.
+        margins: by how many voxels to each side, for each spatial axis.
+    """
+    for axis, margin in enumerate(margins, 2):
+        reach = min(margin, mask.shape[axis] - 1)
+        mask = torch.stack([moved(mask, axis, step) for step in range(-reach, reach + 1)]).any(0)
+    return mask
+
+
+def moved(mask: Tensor, axis: int, step: int) -> Tensor:
+    """Return a mask moved along one axis; what leaves the image is lost."""
+    found, length = torch.zeros_like(mask), mask.shape[axis] - abs(step)
+    if length > 0:
+        found.narrow(axis, max(step, 0), length).copy_(mask.narrow(axis, max(-step, 0), length))
+    return found

@@ -25,7 +25,7 @@ from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation, rounding
 from monai_xai.features import Blocks, FeaturesLike
 from monai_xai.forward import Scoring, Tensors
-from monai_xai.metrics.base import Scores, as_mask, real, undefined_where
+from monai_xai.metrics.base import Scores, as_mask, grown, moved, real, undefined_where
 from monai_xai.metrics.perturbations import (
     CachedScore,
     Disturbed,
@@ -736,7 +736,7 @@ def necessity_and_sufficiency(
             )
             missing = torch.tensor([number >= len(s) for s in shifts], device=clean.device)
             control_drops.append((clean - score_without(shifted)).masked_fill(missing, torch.nan))
-        alone = score_without(body & ~_grown(mask, margin))
+        alone = score_without(body & ~grown(mask, [margin] * (mask.ndim - 2)))
         nothing = score_without(body)
     controls = torch.stack(control_drops, 1) if control_drops else drop.new_full((len(drop), 0), torch.nan)
     empty = ~mask.flatten(1).any(1)
@@ -771,33 +771,12 @@ def _on_grid(removed: Tensor, x: Tensor) -> Tensor:
     return torch.zeros((1,) * x.ndim, dtype=torch.bool, device=x.device)
 
 
-def _grown(mask: Tensor, margin: int) -> Tensor:
-    """Return a mask grown by a box of ``margin`` voxels to each side."""
-    grown = mask
-    for axis in range(2, mask.ndim):
-        parts = [grown]
-        for step in range(1, min(margin, mask.shape[axis] - 1) + 1):
-            for sign in (-step, step):
-                parts.append(_moved(grown, axis, sign))
-        grown = torch.stack(parts).any(0)
-    return grown
-
-
-def _moved(mask: Tensor, axis: int, step: int) -> Tensor:
-    """Return a mask moved along one axis; what leaves the image is lost."""
-    moved = torch.zeros_like(mask)
-    length = mask.shape[axis] - abs(step)
-    if length > 0:
-        moved.narrow(axis, max(step, 0), length).copy_(mask.narrow(axis, max(-step, 0), length))
-    return moved
-
-
 def _shifted(mask: Tensor, shift: Tensor | None) -> Tensor:
     """Return the mask of one sample (1, *spatial), shifted; nothing if there is no shift."""
     if shift is None:
         return torch.zeros_like(mask)
     for axis, step in enumerate(shift.tolist(), start=1):
-        mask = _moved(mask, axis, step)
+        mask = moved(mask, axis, step)
     return mask
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from monai_xai.attributors.activations import interpolated
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.forward import Tensors, with_progress
@@ -270,13 +270,10 @@ class Resampling(Change):
     factor: float = 1.25
 
     def apply(self, x: Tensor) -> Tensor:
-        modes = {1: "linear", 2: "bilinear", 3: "trilinear"}
-        if x.ndim - 2 not in modes:
+        if x.ndim not in (3, 4, 5):
             raise InputError(f"{self} knows images of one to three axes, got shape {tuple(x.shape)}.")
-        mode = modes[x.ndim - 2]
-        coarse = [max(round(length / self.factor), 1) for length in x.shape[2:]]
-        small = functional.interpolate(x, coarse, mode=mode, align_corners=False)
-        return functional.interpolate(small, x.shape[2:], mode=mode, align_corners=False)
+        coarse = tuple(max(round(length / self.factor), 1) for length in x.shape[2:])
+        return interpolated(interpolated(x, coarse), tuple(x.shape[2:]))
 
 
 CHANGES: Mapping[str, Change] = {

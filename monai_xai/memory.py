@@ -1,0 +1,55 @@
+"""Additional memory of a piece of work, at its peak."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """What a block takes over what was there before, at its peak: ``gib`` afterwards.
+
+    Of a GPU, what PyTorch has allocated there; else of this process, which Linux tells. NaN where nothing tells.
+
+    Args:
+        device: where the work is done.
+
+    Example:
+        >>> with PeakMemory() as peak:
+        ...     _ = torch.ones(2**20)
+        >>> peak.gib >= 0 or math.isnan(peak.gib)
+        True
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.gib = math.nan
+        self._before = math.nan
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            with suppress(OSError):
+                _CLEAR.write_text("5")  # the peak begins anew
+                self._before = _read("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not math.isnan(self._before):
+            is_gpu = self.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self.device) if is_gpu else _read("VmHWM")
+            self.gib = max(peak - self._before, 0) / GIB
+
+
+def _read(field: str) -> float:
+    lines = _STATUS.read_text().splitlines()
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), math.nan)
