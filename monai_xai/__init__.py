@@ -53,6 +53,8 @@ from monai_xai.attributors import (
 from monai_xai.baselines import Auto, Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
 from monai_xai.cases import WorstCases
 from monai_xai.cohorts import ModalityCohort
+from monai_xai.comparison import Comparison, Criterion, EdgeControl, NoiseControl, compare
+from monai_xai.comparison_handler import ComparisonHandler, TensorBoardComparisonHandler
 from monai_xai.errors import (
     AttributionError,
     EmptyRegionError,
@@ -126,13 +128,17 @@ __all__ = [
     "Channels",
     "ClassScore",
     "ClinicalVariables",
+    "Comparison",
+    "ComparisonHandler",
     "CompletenessWarning",
     "Complexity",
     "Component",
     "Constant",
+    "Criterion",
     "Deconvolution",
     "DeepLift",
     "DiceScore",
+    "EdgeControl",
     "EigenCam",
     "EmptyRegionError",
     "Enrichment",
@@ -191,6 +197,7 @@ __all__ = [
     "ModalityShapley",
     "Neuron",
     "Noise",
+    "NoiseControl",
     "NoiseTunnel",
     "Occlusion",
     "OutputScore",
@@ -217,6 +224,7 @@ __all__ = [
     "TableSchema",
     "Target",
     "TensorBoardAttributionHandler",
+    "TensorBoardComparisonHandler",
     "TensorBoardGroundingHandler",
     "UnsupportedInfererError",
     "UnsupportedNetworkError",
@@ -229,6 +237,7 @@ __all__ = [
     "ZoneShare",
     "additive_projection",
     "channel_names",
+    "compare",
     "ground",
     "perceptual_score",
     "write_report",

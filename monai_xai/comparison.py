@@ -7,24 +7,69 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import generic_gradient_magnitude, sobel
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from monai_xai import metrics
+from monai_xai.attributors import Attribution, Attributor
 from monai_xai.errors import InputError, XaiError
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.files import as_csv, as_json, write_whole
-from monai_xai.forward import with_progress
+from monai_xai.forward import Scoring, with_progress
 from monai_xai.grounding import GroundingCase
 from monai_xai.memory import PeakMemory
 from monai_xai.metrics import Scores
 from monai_xai.statistics import holm, interval, sign_flip_test
+
+
+@dataclass(frozen=True)
+class EdgeControl(Attributor):
+    """The edges of the images, which know nothing of the network: a control, no explanation.
+
+    Who does no better than this has shown anatomy. Vectors get zeros.
+
+    Reference: Adebayo et al., "Sanity Checks for Saliency Maps", NeurIPS 2018, section 5 (edge detectors).
+    """
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        return _painted(scoring, lambda x: generic_gradient_magnitude(x, sobel))
+
+
+@dataclass(frozen=True)
+class NoiseControl(Attributor):
+    """White noise, the same for every image of one shape: a control, no explanation. Vectors get zeros.
+
+    Args:
+        seed: of the noise.
+    """
+
+    seed: int = 0
+
+    stochastic: ClassVar[bool] = True
+
+    def attribute(self, scoring: Scoring) -> Attribution:
+        generator = np.random.default_rng(self.seed)
+        return _painted(scoring, lambda x: generator.random(x.shape))
+
+
+def _painted(scoring: Scoring, paint: Callable[[NDArray[Any]], NDArray[Any]]) -> Attribution:
+    """Return maps of images that are painted channel by channel."""
+    maps = {}
+    for name, x in scoring.inputs.items():
+        values = torch.zeros_like(x, dtype=torch.float32)
+        if x.ndim > 2:
+            channels = x.detach().float().cpu().numpy().reshape(-1, *x.shape[2:])
+            painted = np.stack([paint(channel) for channel in channels]).astype(np.float32)
+            values = torch.from_numpy(painted).reshape(x.shape).to(x.device)
+        maps[name] = values
+    return Attribution(maps, scoring.score())
 
 
 class Judged(NamedTuple):
@@ -140,7 +185,8 @@ class ComparisonRow(NamedTuple):
         mean: over these cases.
         low: lower end of its 95 % bootstrap interval; NaN below 5 cases.
         high: upper end.
-        rank: mean rank among the methods, 1 the best, over cases where all have a value; NaN for what only describes.
+        rank: mean rank, 1 the best, among the methods that have any value, over the cases where all of these have one;
+            NaN for what only describes.
         rank_low: lower end of its 95 % bootstrap interval.
         rank_high: upper end.
         p: paired sign-flip test against the method of the best mean rank, Holm-corrected; NaN for that method.
@@ -185,34 +231,62 @@ class Comparison:
         return [row for name in self.criteria for row in self._rows(name)]
 
     def ranks(self, criterion: str) -> NDArray[np.float64]:
-        """Return ranks of the methods, 1 the best, shape (methods, cases where all have a value)."""
+        """Return ranks of the methods, 1 the best, shape (methods, cases).
+
+        NaN for methods without any value, and in cases where one of the others has none.
+        """
         values = self.values[criterion]
-        common = values[:, np.isfinite(values).all(0)]
+        ranks = np.full(values.shape, math.nan)
         sign = {"more": -1.0, "less": 1.0, "": math.nan}[self.criteria[criterion].better]
-        return np.asarray(rankdata(sign * common, axis=0)) if sign == sign else common * math.nan
+        present = np.flatnonzero(np.isfinite(values).any(1))
+        common = np.flatnonzero(np.isfinite(values[present]).all(0))
+        if len(present) > 1 and sign == sign:
+            ranks[np.ix_(present, common)] = rankdata(sign * values[np.ix_(present, common)], axis=0)
+        return ranks
+
+    def overall(self) -> list[ComparisonRow]:
+        """Return one row per method: its rank in a case, averaged over criteria, as ``rank`` and ``mean``.
+
+        Costs do not count, nor do criteria that lack a value for a method that has others. Criteria weigh alike,
+        however much they have in common: this is a summary, and no measure of what is best for a question.
+        """
+        quality = [
+            self.ranks(name) for name in self.criteria if name not in _COSTS and self.criteria[name].better
+        ]
+        known = [np.isfinite(ranks).any(1) for ranks in quality]
+        alive = np.any(known, axis=0) if known else np.zeros(len(self.methods), bool)
+        counted = [ranks for ranks, have in zip(quality, known, strict=True) if (have == alive).all()]
+        whole = np.full((len(self.methods), len(self.cases)), math.nan)
+        if counted:
+            whole = np.mean(counted, axis=0)
+        return list(self._summarize("overall", whole, whole))
 
     def _rows(self, name: str) -> Iterator[ComparisonRow]:
-        values, ranks = self.values[name], self.ranks(name)
-        known = ranks.shape[1] and not np.isnan(ranks).any()
-        means = ranks.mean(1) if known else np.full(len(self.methods), math.nan)
-        tests = self._tests(values, means) if known else [math.nan] * len(self.methods)
+        yield from self._summarize(name, self.values[name], self.ranks(name))
+
+    def _summarize(
+        self, name: str, values: NDArray[np.float64], ranks: NDArray[np.float64]
+    ) -> Iterator[ComparisonRow]:
+        tests = self._tests(values, ranks)
         for m, method in enumerate(self.methods):
-            found = values[m][np.isfinite(values[m])]
+            found, places = (row[np.isfinite(row)] for row in (values[m], ranks[m]))
             low, high = interval(found, self.seed)
-            rank_low, rank_high = interval(ranks[m], self.seed) if known else (math.nan, math.nan)
+            rank_low, rank_high = interval(places, self.seed)
             yield ComparisonRow(
-                method, name, len(found), float(found.mean()) if len(found) else math.nan, low, high,
-                float(means[m]), rank_low, rank_high, tests[m], self._reasons(name, method),
+                method, name, len(found), _mean(found), low, high, _mean(places), rank_low, rank_high,
+                tests.get(m, math.nan), self._reasons(name, method),
             )  # fmt: skip
 
-    def _tests(self, values: NDArray[np.float64], means: NDArray[np.float64]) -> list[float]:
-        """Return p-values against the method of the best mean rank."""
-        common = values[:, np.isfinite(values).all(0)]
-        best = int(means.argmin())
-        others = [m for m in range(len(self.methods)) if m != best]
-        corrected = holm([sign_flip_test(common[m] - common[best], self.seed) for m in others])
-        found = dict(zip(others, corrected, strict=True))
-        return [found.get(m, math.nan) for m in range(len(self.methods))]
+    def _tests(self, values: NDArray[np.float64], ranks: NDArray[np.float64]) -> dict[int, float]:
+        """Return p-values against the method of the best mean rank, by method."""
+        ranked = np.flatnonzero(np.isfinite(ranks).any(1))
+        common = np.isfinite(ranks[ranked]).all(0) if len(ranked) else np.zeros(0, bool)
+        if not common.any():
+            return {}
+        best = ranked[ranks[ranked][:, common].mean(1).argmin()]
+        others = [int(m) for m in ranked if m != best]
+        differences = [(values[m] - values[best])[common] for m in others]
+        return dict(zip(others, holm([sign_flip_test(d, self.seed) for d in differences]), strict=True))
 
     def _reasons(self, criterion: str, method: str) -> str:
         found = [r for (c, m, _), r in self.reasons.items() if (c, m) == (criterion, method)]
@@ -228,28 +302,44 @@ class Comparison:
                     **{name: float(self.values[name][m, c]) for name in self.criteria},
                 }
 
-    def as_markdown(self) -> str:
-        """Return the table of means, with mean ranks in brackets; the best of each criterion is bold."""
-        lines = ["| method | " + " | ".join(self.criteria) + " |", "|---" * (len(self.criteria) + 1) + "|"]
-        rows = {(row.method, row.criterion): row for row in self.rows()}
+    def as_markdown(self, word: Callable[[str], str] = str) -> str:
+        """Return the table of means, with mean ranks in brackets; the best of each criterion is bold.
+
+        Args:
+            word: what makes a name safe where the table is shown.
+        """
+        columns = ["overall", *self.criteria]
+        heads = ["method", "mean rank", *(_head(name, c) for name, c in self.criteria.items())]
+        lines = ["| " + " | ".join(map(word, heads)) + " |", "|---" * len(heads) + "|"]
+        rows = {(row.method, row.criterion): row for row in [*self.overall(), *self.rows()]}
         for method in self.methods:
-            cells = [
-                _cell(rows[method, name], [rows[m, name] for m in self.methods]) for name in self.criteria
-            ]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            cells = [_cell(rows[method, name], [rows[m, name] for m in self.methods]) for name in columns]
+            lines.append(f"| {word(method)} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    def save(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write ``comparison.csv`` (one row per case and method) and ``comparison.json`` (with the summary).
+    def save(self, folder: str | Path, name: str = "comparison") -> tuple[Path, Path]:
+        """Write ``<name>.csv`` (one row per case and method) and ``<name>.json`` (with the summary and all reasons).
+
+        Args:
+            folder: is made where it is missing.
+            name: of both files.
 
         Raises:
             OSError: if a file cannot be written; what was there before is left as it was.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        table, document = Path(folder, "comparison.csv"), Path(folder, "comparison.json")
+        table, document = Path(folder, f"{name}.csv"), Path(folder, f"{name}.json")
         cases = list(self.case_rows())
         write_whole(table, as_csv(cases))
-        summary = {"summary": [row._asdict() for row in self.rows()], "cases": cases}
+        summary = {
+            "overall": [row._asdict() for row in self.overall()],
+            "summary": [row._asdict() for row in self.rows()],
+            "cases": cases,
+            "reasons": [
+                {"criterion": criterion, "method": method, "case": case, "reason": reason}
+                for (criterion, method, case), reason in self.reasons.items()
+            ],
+        }
         write_whole(document, as_json(summary))
         return table, document
 
@@ -338,10 +428,21 @@ def _judge(criterion: Criterion, judged: Judged) -> Scores:
         return _undefined(str(error))
 
 
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _head(name: str, criterion: Criterion) -> str:
+    """Return a criterion with what is better, as a column has it."""
+    unit = f", {criterion.unit}" if criterion.unit else ""
+    arrow = {"more": "↑", "less": "↓", "": ""}[criterion.better]
+    return f"{name}{unit} {arrow}".strip()
+
+
 def _cell(row: ComparisonRow, rivals: Sequence[ComparisonRow]) -> str:
     if math.isnan(row.mean):
         return "n/a"
     if math.isnan(row.rank):
         return f"{row.mean:.3g}"
-    text = f"{row.mean:.3g} ({row.rank:.1f})"
-    return f"**{text}**" if row.rank == min(rival.rank for rival in rivals) else text
+    text = f"{row.mean:.3g}" if row.criterion == "overall" else f"{row.mean:.3g} ({row.rank:.1f})"
+    return f"**{text}**" if row.rank == min(r.rank for r in rivals if not math.isnan(r.rank)) else text

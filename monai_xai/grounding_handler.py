@@ -7,49 +7,28 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from ignite.engine import Engine, Events
-from monai.data import MetaTensor
-from monai.engines import Evaluator
-from monai.engines.utils import IterationEvents
+from ignite.engine import Engine
 from monai.handlers import TensorBoardHandler
-from monai.inferers import Inferer
-from monai.utils.enums import CommonKeys
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from monai_xai.batches import Batch, row_of
-from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.figures import encode_png, rasterize
 from monai_xai.files import write_whole
-from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, ground
+from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, moved, network_of
+from monai_xai.grounding import Grounding, GroundingSettings, ground
 from monai_xai.handlers import AttributionEvents, register_events
 from monai_xai.report import figures_of_grounding, scalars_of_grounding, write_report
-from monai_xai.report.markup import number
+from monai_xai.report.markup import number, plain_words
 from monai_xai.report.names import disguise_of, disguised, new_salt
 from monai_xai.tensorboard import clean_tag, image_summary
 
 logger = logging.getLogger(__name__)
-
-Masks = str | Callable[[Mapping[str, Any]], Tensor]
-
-
-@dataclass
-class _Gathered:
-    """The cases of an epoch, with their masks by name, on the CPU, and how the network takes its inputs."""
-
-    cases: list[GroundingCase] = field(default_factory=list)
-    regions: dict[str, Tensor] = field(default_factory=dict)
-    bodies: dict[str, Tensor] = field(default_factory=dict)
-    call: CallForm = "arguments"
 
 
 class GroundingHandler:
@@ -67,8 +46,11 @@ class GroundingHandler:
         cases: how many cases of the epoch at most; a verdict of GROUNDED needs 20.
         region: where the finding is marked: a key of the batch, or a function of it, that gives masks (N, C, *spatial);
             voxels above 0.5 in any channel belong to it. Empty masks count as none. None: not marked, so that location
-            is not tested.
+            is not tested. Where the batch has no masks in its ``"label"``, the same.
         within: where the body is, in the same way; None: where the image is not empty.
+        structures: a label map of known structures (an atlas, a scanner's marker), in the same way, so that evidence
+            that is off target is told by name.
+        structure_names: names of its labels; None takes numbers.
         second_network: an independently trained network, for T2.
         settings: thresholds and effort; None takes :meth:`monai_xai.GroundingSettings.quick`.
         output_dir: where reports are written; None writes none.
@@ -92,6 +74,8 @@ class GroundingHandler:
         cases: int = 20,
         region: Masks | None = None,
         within: Masks | None = None,
+        structures: Masks | None = None,
+        structure_names: Mapping[int, str] | None = None,
         second_network: nn.Module | None = None,
         settings: GroundingSettings | None = None,
         output_dir: str | Path | None = None,
@@ -104,20 +88,12 @@ class GroundingHandler:
     ) -> None:
         if on_error not in ("log", "raise"):
             raise InputError(f"GroundingHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
-        if min(every_n_epochs, cases) < 1:
-            raise InputError(
-                f"GroundingHandler(every_n_epochs={every_n_epochs}, cases={cases}): both are 1 or more."
-            )
         self.explainer = explainer
-        self.every_n_epochs = every_n_epochs
-        self.cases = cases
-        self.region = region
-        self.within = within
+        self.structure_names = structure_names
         self.second_network = second_network
         self.settings = GroundingSettings.quick() if settings is None else settings
         self.output_dir = output_dir
         self.network = network
-        self.case_key = case_key
         self.anonymize = anonymize
         self.salt = new_salt() if salt is None else salt
         self.on_error = on_error
@@ -127,26 +103,21 @@ class GroundingHandler:
             if log_dir is None
             else TensorBoardGroundingHandler(str(log_dir), anonymize=anonymize, salt=self.salt)
         )
-        self._seen = 0
-        self._gathered = _Gathered()
+        self._gathering = Gathering(
+            "GroundingHandler", cases, every_n_epochs, case_key, {"region": region, "within": within},
+            {"structures": structures},
+        )  # fmt: skip
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator, or to a plain ignite engine; a second time does nothing."""
-        if engine.has_event_handler(self._gather):
-            return
         register_events(engine)
-        event = (
-            IterationEvents.FORWARD_COMPLETED if isinstance(engine, Evaluator) else Events.ITERATION_COMPLETED
-        )
-        engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
-        engine.add_event_handler(event, self._gather)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        self._gathering.attach(engine, self, self._fail)
         if self._drawer is not None:
             self._drawer.attach(engine)
 
     def __call__(self, engine: Engine) -> None:
         """Judge what the epoch has gathered."""
-        gathered, self._gathered = self._gathered, _Gathered()
+        gathered = self._gathering.take()
         if not gathered.cases:
             return
         epoch = engine.state.epoch
@@ -160,54 +131,17 @@ class GroundingHandler:
         except Exception as error:
             self._fail(error, f"epoch {epoch}, {len(gathered.cases)} cases")
 
-    def _start_epoch(self, engine: Engine) -> None:
-        self._seen = 0
-        self._gathered = _Gathered()
-
-    def _gather(self, engine: Engine) -> None:
-        """Keep the cases of the engine's batch that are still wanted."""
-        if engine.state.epoch % self.every_n_epochs or len(self._gathered.cases) >= self.cases:
-            return
-        batch = Batch(engine, self._seen, self.case_key)
-        try:
-            self._seen += batch.size
-            regions, bodies = (_masks(engine, chosen, batch) for chosen in (self.region, self.within))
-            for row in range(min(batch.size, self.cases - len(self._gathered.cases))):
-                self._keep(batch, row, regions, bodies)
-        except Exception as error:
-            self._fail(error, f"epoch {engine.state.epoch}, iteration {engine.state.iteration}")
-
-    def _keep(self, batch: Batch, row: int, regions: Tensor | None, bodies: Tensor | None) -> None:
-        known = {case.id for case in self._gathered.cases}
-        name = batch.names[row]
-        name = name if name not in known else f"{name} ({batch.first + row})"
-        self._gathered.call = batch.call
-        inputs, label = (_moved(row_of(x, row), "cpu") for x in (batch.inputs, batch.label))
-        correct = _is_correct(row_of(batch.prediction, row), label)
-        self._gathered.cases.append(GroundingCase(name, inputs, label, correct=correct))
-        for masks, kept in ((regions, self._gathered.regions), (bodies, self._gathered.bodies)):
-            if masks is not None and masks[row].any():
-                kept[name] = masks[row : row + 1]
-
-    def _ground(self, engine: Engine, gathered: _Gathered) -> Grounding:
-        network = self.network if self.network is not None else getattr(engine, "network", None)
-        if not isinstance(network, nn.Module):
-            raise InputError(
-                f"{type(engine).__name__} has no single network: give it, GroundingHandler(..., network=network)."
-            )
-        explainer, own = self.explainer, getattr(engine, "inferer", None)
-        if explainer.inferer is None and isinstance(own, Inferer):
-            explainer = replace(explainer, inferer=own)
-        if explainer.call == "arguments":
-            explainer = replace(explainer, call=gathered.call)
-        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    def _ground(self, engine: Engine, gathered: Gathered) -> Grounding:
+        network = network_of(engine, self.network, "GroundingHandler")
         return ground(
-            explainer,
+            asked_as_run(self.explainer, engine, gathered.call),
             network,
-            [_moved(case, device) for case in gathered.cases],
-            regions=gathered.regions,
-            within=gathered.bodies,
+            moved(gathered.cases, device_of(network)),
+            regions=gathered.masks.get("region"),
+            within=gathered.masks.get("within"),
             second_network=self.second_network,
+            structures=gathered.labels.get("structures"),
+            structure_names=self.structure_names,
             settings=self.settings,
         )
 
@@ -230,54 +164,6 @@ class GroundingHandler:
         logger.warning(
             "%s: grounding, %s (failure %d): %s", what, where, self.failures, error, exc_info=error
         )
-
-
-def _masks(engine: Engine, chosen: Masks | None, batch: Batch) -> Tensor | None:
-    """Return masks of a batch on the CPU, shape (N, 1, *spatial), bool; None where none are asked for.
-
-    Raises:
-        InputError: if what was named is not there, or no mask of every row.
-    """
-    if chosen is None:
-        return None
-    given = engine.state.batch
-    found: Any
-    if callable(chosen):
-        found = chosen(given)
-    elif chosen == CommonKeys.LABEL:
-        found = batch.label
-    else:
-        found = given.get(chosen) if isinstance(given, Mapping) else None
-    if not isinstance(found, Tensor) or found.ndim < 4 or len(found) != batch.size:
-        got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        there = f"The batch has {sorted(map(str, given))}." if isinstance(given, Mapping) else ""
-        raise InputError(
-            f"GroundingHandler needs masks of shape ({batch.size}, C, *spatial) in {chosen!r}, got {got}. {there}"
-        )
-    plain = found.as_tensor() if isinstance(found, MetaTensor) else found
-    return (plain.detach().cpu() > 0.5).any(1, keepdim=True)
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """Return a tensor, or the tensors in a mapping, list or case, on a device."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, GroundingCase):
-        return replace(value, inputs=_moved(value.inputs, device), label=_moved(value.label, device))
-    if isinstance(value, Mapping):
-        return {key: _moved(part, device) for key, part in value.items()}
-    return [_moved(part, device) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _is_correct(prediction: Any, label: Any) -> bool | None:
-    """Return whether the largest of several classes is the label's; None where nothing can be said."""
-    if not (isinstance(prediction, Tensor) and isinstance(label, Tensor)):
-        return None
-    classes = prediction.shape[1] if prediction.ndim == 2 else 0
-    if classes < 2 or label.numel() not in (1, classes):
-        return None
-    truth = label.flatten().argmax() if label.numel() == classes else label.flatten()[0]
-    return int(prediction[0].argmax()) == int(truth)
 
 
 class TensorBoardGroundingHandler(TensorBoardHandler):
@@ -341,16 +227,16 @@ class TensorBoardGroundingHandler(TensorBoardHandler):
 def text_of_grounding(grounding: Grounding) -> str:
     """Return verdict, tests and what is missing as Markdown in which words from data are only words."""
     tests = [
-        f"| {_word(test.id)} | {_word(test.title)} | {_word(test.status)} | {number(test.value)} "
-        f"| {number(test.p_corrected)} | {test.n} | {_word(test.message)} |"
+        f"| {plain_words(test.id)} | {plain_words(test.title)} | {plain_words(test.status)} | {number(test.value)} "
+        f"| {number(test.p_corrected)} | {test.n} | {plain_words(test.message)} |"
         for test in grounding.tests
     ]
     head = ["| test | title | status | value | p | n | what follows |", "|---|---|---|---|---|---|---|"]
-    missing = [f"- to supply: {_word(words)}" for words in grounding.missing]
+    missing = [f"- to supply: {plain_words(words)}" for words in grounding.missing]
     lines = [
-        f"**{_word(grounding.verdict)}**",
+        f"**{plain_words(grounding.verdict)}**",
         "",
-        _word(grounding.sentence),
+        plain_words(grounding.sentence),
         "",
         *head,
         *tests,
@@ -358,12 +244,6 @@ def text_of_grounding(grounding: Grounding) -> str:
         *missing,
     ]
     return "\n".join(lines)
-
-
-def _word(text: Any) -> str:
-    """Return text that neither Markdown nor HTML reads as anything else."""
-    line = " ".join(str(text).encode("utf-8", "replace").decode().split())
-    return re.sub(r"[\\`*_{}\[\]()#+!|~<>&\"'-]", lambda found: f"&#{ord(found[0])};", line)
 
 
 def shown_to_others(grounding: Grounding, salt: str) -> Grounding:

@@ -47,6 +47,8 @@ class AttributionEvents(EventEnum):
     """An epoch of explained cases is over: ``engine.state.cohorts`` holds cohorts by explainer."""
     GROUNDING_COMPLETED = "grounding_completed"
     """Explanations are judged: ``engine.state.grounding`` holds a :class:`~monai_xai.Grounding`."""
+    COMPARISON_COMPLETED = "comparison_completed"
+    """Methods are compared: ``engine.state.comparison`` holds a :class:`~monai_xai.comparison.Comparison`."""
 
 
 def register_events(engine: Engine) -> None:

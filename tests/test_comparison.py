@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from networks import LinearImage, random_image
+from scipy.ndimage import sobel
 
 from monai_xai import (
     Constant,
@@ -22,9 +23,10 @@ from monai_xai import (
     OutputScore,
     Saliency,
 )
-from monai_xai.comparison import Comparison, Criterion, compare
+from monai_xai.comparison import Comparison, Criterion, EdgeControl, NoiseControl, compare
 from monai_xai.grounding import GroundingCase
 from monai_xai.metrics import Scores
+from monai_xai.report.markup import plain_words
 
 ZERO = Constant(0.0)
 
@@ -72,9 +74,53 @@ def comparison(values, better="more"):
 
 def test_ranks_follow_the_direction_and_ties_share_theirs():
     values = [[3, 3, 1], [2, 3, 2], [1, 0, np.nan]]
-    np.testing.assert_array_equal(comparison(values).ranks("x"), [[1, 1.5], [2, 1.5], [3, 3]])
-    np.testing.assert_array_equal(comparison(values, "less").ranks("x"), [[3, 2.5], [2, 2.5], [1, 1]])
+    nan = np.nan
+    np.testing.assert_array_equal(comparison(values).ranks("x"), [[1, 1.5, nan], [2, 1.5, nan], [3, 3, nan]])
+    np.testing.assert_array_equal(comparison(values, "less").ranks("x")[:, :2], [[3, 2.5], [2, 2.5], [1, 1]])
     assert np.isnan(comparison(values, "").ranks("x")).all()
+
+
+def test_a_method_without_any_value_takes_no_rank_from_the_others():
+    values = [[3, 1], [2, 2], [np.nan, np.nan]]
+    np.testing.assert_array_equal(comparison(values).ranks("x"), [[1, 2], [2, 1], [np.nan, np.nan]])
+    rows = comparison(values).rows()
+    assert [row.rank for row in rows[:2]] == [1.5, 1.5]
+    assert math.isnan(rows[2].rank)
+    assert math.isnan(rows[2].p)
+
+
+def test_the_overall_rank_is_the_mean_over_criteria_that_all_have():
+    more, less = (Criterion(lambda judged: Scores(torch.zeros(1)), better) for better in ("more", "less"))
+    values = {
+        "x": np.array([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]),  # ranks 1, 2, 3
+        "y": np.array([[1.0, 9.0], [2.0, 3.0], [3.0, 2.0]]),  # less is better: 1, 2, 3 and 3, 2, 1
+        "gap": np.array([[1.0, 1.0], [0.0, 0.0], [np.nan, np.nan]]),  # one method has none: does not count
+        "seconds": np.array([[9.0, 9.0], [5.0, 5.0], [1.0, 1.0]]),  # a cost: does not count
+    }
+    criteria = {"x": more, "y": less, "gap": less, "seconds": less}
+    found = Comparison(("a", "b", "c"), criteria, ("c0", "c1"), values)
+    assert [row.rank for row in found.overall()] == [1.5, 2.0, 2.5]
+    assert found.overall()[0].n == 2
+    table = found.as_markdown().splitlines()
+    assert table[0] == "| method | mean rank | x ↑ | y ↓ | gap ↓ | seconds ↓ |"
+    assert table[2] == "| a | **1.5** | **3 (1.0)** | **5 (2.0)** | 1 (2.0) | 9 (3.0) |"
+
+
+def test_controls_know_nothing_of_the_network():
+    network, cases, _ = planted(1, size=8)
+    other = LinearImage((1, 8, 8))
+    for control in (EdgeControl(), NoiseControl()):
+        maps = [explainer(control)(net, cases[0].inputs).attributions["image"] for net in (network, other)]
+        assert torch.equal(*maps)
+    image = cases[0].inputs.double().numpy()[0, 0]
+    edges = explainer(EdgeControl())(network, cases[0].inputs).attributions["image"][0, 0]
+    expected = np.hypot(sobel(image, 0), sobel(image, 1))
+    np.testing.assert_allclose(edges, expected, rtol=1e-5)
+
+
+def test_names_of_methods_are_only_words_in_the_table():
+    found = Comparison(("<b>|x", "y"), {}, ("c",), {})
+    assert "&#60;b&#62;&#124;x" in found.as_markdown(plain_words)
 
 
 def test_a_better_method_is_told_from_a_worse_one_and_not_from_an_equal_one():

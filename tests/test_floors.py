@@ -40,11 +40,13 @@ FLOORS = {
     "transforms": 5,
     "inferers": 5,
     "batches": 5,
+    "gathering": 5,
     "cases": 5,
     "handlers": 5,
     "tensorboard": 5,
     "report": 5,
     "grounding_handler": 5,
+    "comparison_handler": 5,
     "overlays": 6,
     "__main__": 6,
 }
@@ -70,7 +72,9 @@ NEIGHBORS = {
     "handlers": {"batches", "cases"},
     "tensorboard": {"handlers"},
     "report": {"tensorboard"},
-    "grounding_handler": {"batches", "handlers", "report", "tensorboard"},
+    "gathering": {"batches"},
+    "grounding_handler": {"gathering", "handlers", "report", "tensorboard"},
+    "comparison_handler": {"gathering", "grounding_handler", "handlers", "report", "tensorboard"},
     "__main__": {"overlays"},
 }
 # Hosts that only some floors may touch.

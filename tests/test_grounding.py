@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +32,8 @@ from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest,
 from monai_xai.grounding.drafts import Draft, settle
 from monai_xai.grounding.evidence import gather
 from monai_xai.grounding.of_finding import reached
+from monai_xai.grounding.places import BODY as BODY_REST
+from monai_xai.grounding.places import FINDING, OUTSIDE, shares_of_places
 from monai_xai.grounding.procedure import ORDER, decide
 
 SIZE, N = 24, 8
@@ -193,6 +196,47 @@ def test_a_network_that_uses_the_tag_is_off_target_and_the_place_is_named():
     assert found.test("T9").status == "FAIL"
     assert found.test("T10").status == "FAIL"
     assert found.test("T10").value > 0.9
+
+
+def test_a_network_that_uses_the_tag_is_off_target_and_the_structure_is_named():
+    corner = disk(21, 21, 2)
+    atlas = TAG.long() * 7 + corner.long() * 3
+    given = {"structures": dict.fromkeys(REGIONS, atlas), "structure_names": {3: "corner", 7: "the tag"}}
+    found = judge(USES_TAG, **COMPLETE, **given)
+    assert found.verdict == "FAITHFUL BUT OFF TARGET"
+    assert re.search(r"of the rest, most is in the tag: \d+% of all, highest around voxel", found.sentence)
+    assert max(found.places, key=found.places.get) == "the tag"
+    assert sum(found.places.values()) == pytest.approx(1.0)
+    without = judge(USES_TAG, **COMPLETE)
+    assert "most is in the outside of the body" in without.sentence
+    assert [test.as_dict() for test in without.tests] == [test.as_dict() for test in found.tests]
+    assert without.places["the outside of the body"] >= found.places["the tag"] - 1e-12
+
+
+def test_shares_of_places_are_the_masses_of_their_voxels():
+    e = gather(
+        Explainer(ClassScore(1), GRADIENTS, progress=False), USES_LESION[0], CASES[0], REGIONS["case0"], BODY
+    )
+    atlas = torch.zeros(SIZE, SIZE, dtype=torch.long)
+    atlas[:12], atlas[REGIONS["case0"]] = 2, 2  # the finding comes first
+    shares = shares_of_places([e], {"case0": atlas}, {2: "upper half"})
+    positive = e.located()[0, 0].clamp(min=0)
+    places = {
+        "upper half": (atlas == 2) & ~REGIONS["case0"],
+        FINDING: REGIONS["case0"],
+        BODY_REST: BODY & (atlas == 0),
+        OUTSIDE: ~BODY & (atlas == 0),
+    }
+    expected = {name: float(positive[mask].sum() / positive.sum()) for name, mask in places.items()}
+    assert shares == pytest.approx({name: share for name, share in expected.items() if share > 0})
+
+
+@pytest.mark.parametrize(
+    "atlas", [torch.zeros(3, 3), torch.full((SIZE, SIZE), -1)], ids=["shape", "negative"]
+)
+def test_a_label_map_that_does_not_fit_is_named(atlas):
+    with pytest.raises(InputError, match=r"Case case0: structures need a label map of integers"):
+        judge(structures={"case0": atlas})
 
 
 def test_edges_are_an_artifact_and_nothing_more_is_run():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from monai_xai.figures.animation import Animation, animate
 from monai_xai.figures.bars import draw_bars
+from monai_xai.figures.comparison import Entry, draw_methods
 from monai_xai.figures.evidence import Line, draw_curves, draw_null, draw_spread, rasterize_on_white, stamp
 from monai_xai.figures.modalities import Step, draw_cohort, draw_interactions, draw_waterfall
 from monai_xai.figures.overlays import draw_montage, draw_planes
@@ -12,6 +13,7 @@ from monai_xai.figures.sheet import encode_png, rasterize
 
 __all__ = [
     "Animation",
+    "Entry",
     "Line",
     "Scene",
     "Step",
@@ -20,6 +22,7 @@ __all__ = [
     "draw_cohort",
     "draw_curves",
     "draw_interactions",
+    "draw_methods",
     "draw_montage",
     "draw_null",
     "draw_planes",

@@ -290,19 +290,6 @@ def _peak(cohort: Cohort) -> str:
     return f", most of it around voxel {tuple(int(i) for i in place)}"
 
 
-def hot_spot(cohort: Cohort) -> str:
-    """Say where the evidence outside of the findings is highest, on average; nothing for mixed shapes."""
-    parts = []
-    for e in cohort.cases:
-        part = e.located().clamp(min=0)[0, 0]
-        parts.append(part if e.region is None else part * ~e.region[0, 0])
-    if len({part.shape for part in parts}) != 1:
-        return ""
-    total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
-    place = tuple(int(i) for i in np.unravel_index(int(total.argmax()), total.shape))
-    return f" Beyond the findings, the evidence peaks around voxel {place}."
-
-
 def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     """Return for each confounder the p-value of the highest voxels covering it more than any other place."""
     found = {}

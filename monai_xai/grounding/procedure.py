@@ -16,6 +16,7 @@ from monai_xai.explainer import Explainer
 from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
 from monai_xai.grounding.evidence import Evidence, gather, mean_of_known
+from monai_xai.grounding.places import name_places, shares_of_places
 from monai_xai.grounding.words import (
     GroundedCase,
     Grounding,
@@ -46,6 +47,8 @@ def ground(
     permuted_network: nn.Module | None = None,
     confounders: Mapping[str, Masks] | None = None,
     other_masks: Sequence[Tensor] = (),
+    structures: Masks | None = None,
+    structure_names: Mapping[int, str] | None = None,
     settings: GroundingSettings | None = None,
 ) -> Grounding:
     """Judge the explanations of a network over a cohort: do they describe this network, and is that the finding?
@@ -63,6 +66,9 @@ def ground(
         permuted_network: trained on permuted labels.
         confounders: masks of possible shortcuts by name and case id.
         other_masks: masks of the finding in further patients, aligned and on the same grid.
+        structures: label maps of known structures (an atlas, a marker of the scanner) by case id, integers from 0 (no
+            structure), so that evidence beyond the finding is told by name. No test looks at them.
+        structure_names: names of their labels; None takes numbers.
         settings: thresholds and effort.
 
     Returns:
@@ -77,7 +83,7 @@ def ground(
     """
     settings = settings or GroundingSettings()
     cases = list(cases)
-    _check_ids(cases, regions=regions, within=within, **(confounders or {}))
+    _check_ids(cases, regions=regions, within=within, structures=structures, **(confounders or {}))
     cohort = Cohort([], settings)
     for case in cases:
         found = gather(explainer, network, case, (regions or {}).get(case.id), (within or {}).get(case.id))
@@ -95,7 +101,9 @@ def ground(
     drafts += _not_run(drafts)
     tests, missing = settle(sorted(drafts, key=lambda d: ORDER.index(d.test.id)), settings)
     tests = _resolve(tests)
-    verdict, sentence, more = decide(tests, len(cohort.cases), settings, of_finding.hot_spot(cohort))
+    places = shares_of_places(cohort.cases, structures, structure_names)
+    where = name_places(cohort.cases, places)
+    verdict, sentence, more = decide(tests, len(cohort.cases), settings, where)
     return Grounding(
         verdict,
         sentence,
@@ -104,6 +112,7 @@ def ground(
         tuple(_shown(e) for e in everyone),
         cohort.curves,
         _configuration(explainer, network, cases, cohort, everyone),
+        places,
     )
 
 

@@ -200,6 +200,8 @@ class Grounding:
         curves: by name ("deletion: map", "deletion: map shifted", "cascade: pearson", ...) a mapping of
             "x" and "y" to lists of equal length, means over cases.
         configuration: thresholds, seeds, versions, method, target.
+        places: which share of the positive map lies where, the mean over cases: in the finding, in named structures, in
+            the rest of the body, outside of it.
     """
 
     verdict: Verdict
@@ -209,6 +211,7 @@ class Grounding:
     cases: tuple[GroundedCase, ...] = ()
     curves: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, float] = field(default_factory=dict)
 
     def test(self, name: str) -> GroundingTest:
         """The test of this id ("T5").
@@ -240,4 +243,5 @@ class Grounding:
             ],
             "curves": plain(self.curves),
             "configuration": plain(self.configuration),
+            "places": plain(self.places),
         }

@@ -14,7 +14,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('flat', 'grounding', 'inference', 'modalities', 'train')
+        ('comparison', 'flat', 'grounding', 'inference', 'modalities', 'train')
     """
     return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
 
@@ -24,7 +24,7 @@ def path(name: str) -> Path:
 
     Args:
         name: "inference" for a bundle's inference, "modalities" for what each of its sequences or images gives,
-            "grounding" for a verdict on its explanations,
+            "grounding" for a verdict on its explanations, "comparison" for which method explains it best,
             "train" for its training or evaluation where the validation is ``validate::evaluator``, "flat" where it is
             plain ``evaluator``.
 

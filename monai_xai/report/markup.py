@@ -91,5 +91,11 @@ def span(interval: tuple[float, float]) -> str:
     return f"[{number(low)}, {number(high)}]"
 
 
+def plain_words(text: Any) -> str:
+    """Return text, on one line, that neither Markdown nor HTML reads as anything else."""
+    line = " ".join(str(text).encode("utf-8", "replace").decode().split())
+    return re.sub(r"[\\`*_{}\[\]()#+!|~<>&\"'-]", lambda found: f"&#{ord(found[0])};", line)
+
+
 def _is_cell(value: Any) -> bool:
     return isinstance(value, Html) and value.startswith(("<td", "<th"))

@@ -104,6 +104,7 @@ def disguised(grounding: Grounding, disguise: Disguise) -> Grounding:
         cases=tuple(replace(case, id=disguise.words(str(case.id))) for case in grounding.cases),
         curves=of(dict(grounding.curves)),
         configuration=of(dict(grounding.configuration)),
+        places=of(dict(grounding.places)),
     )
 
 

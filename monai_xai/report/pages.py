@@ -76,6 +76,7 @@ def cohort_page(grounding: Grounding, title: str, modalities: ModalityCohort | N
         _lamps(lamps_of(grounding), None),
         element("h3", "Every test"),
         table(heads, rows, class_="tests") if rows else element("p", "No test was done.", class_="faint"),
+        *_places(grounding),
         *_supplies(grounding),
         *_cohort_plots(modalities),
         element("div", CAVEAT, class_="caveat"),
@@ -250,6 +251,13 @@ def _not_tested(grounding: Grounding) -> Iterator[Html]:
         if test.status in ("NA", "INCONCLUSIVE")
     ]
     yield element("ul", *rows) if rows else element("p", "Every test of the procedure was done.")
+
+
+def _places(grounding: Grounding) -> Iterator[Html]:
+    if grounding.places:
+        yield element("h3", "Where the evidence lies")
+        rows = [[name, _cell(f"{share:.1%}")] for name, share in grounding.places.items()]
+        yield table(["place", "share of the positive map, mean over cases"], rows)
 
 
 def _supplies(grounding: Grounding) -> Iterator[Html]:

@@ -1,0 +1,304 @@
+"""Several methods compared over a run: which is best on these cases, by which criterion, and at what cost?
+
+:class:`ComparisonHandler` judges and saves; :class:`TensorBoardComparisonHandler` draws, and computes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from ignite.engine import Engine
+from matplotlib.figure import Figure
+from monai.handlers import TensorBoardHandler
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from monai_xai.comparison import Comparison, ComparisonRow, Criterion, compare
+from monai_xai.errors import InputError
+from monai_xai.explainer import Explainer
+from monai_xai.figures import Entry, draw_methods, encode_png, rasterize
+from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, moved, network_of
+from monai_xai.handlers import AttributionEvents, register_events
+from monai_xai.report.markup import plain_words
+from monai_xai.report.names import Disguise, new_salt
+from monai_xai.tensorboard import clean_tag, image_summary
+
+logger = logging.getLogger(__name__)
+
+
+class ComparisonHandler:
+    """Compare methods over the cases of an epoch, every few epochs, and save every value.
+
+    Attached to an evaluator, it keeps inputs, labels and masks of the first cases of an epoch on the CPU. When it is
+    over it runs :func:`monai_xai.comparison.compare` on them, puts the result into ``engine.state.comparison``, fires
+    ``AttributionEvents.COMPARISON_COMPLETED``, and writes ``comparison-<epoch>.csv`` and ``.json``.
+
+    Nothing else in the loop changes; what fails is logged, with its place, and counted in ``failures``.
+
+    Args:
+        explainers: the methods by name, two or more, which should ask the same target. One without inferer takes the
+            engine's.
+        every_n_epochs: how often; 1 is every epoch.
+        cases: how many cases of the epoch at most; intervals need 5.
+        region: where the evidence should be, see :class:`~monai_xai.GroundingHandler`; None: location is not judged.
+        within: where the body is, in the same way; None: everywhere.
+        criteria: by name; None takes :func:`monai_xai.comparison.default_criteria`.
+        output_dir: where files are written; None writes none.
+        log_dir: where TensorBoard events are written; a :class:`TensorBoardComparisonHandler` is attached for that.
+        network: the network, if the engine has none of its own or another is meant.
+        case_key: where the batch holds case names; else file names are taken.
+        anonymize: replace names of cases by salted hashes in files and TensorBoard. ``engine.state.comparison`` keeps
+            them.
+        salt: key of the hashes; None draws one that holds as long as the handler.
+        seed: of the bootstrap.
+        progress: whether a bar is shown.
+        on_error: "log" keeps the loop alive; "raise" ends it.
+
+    Raises:
+        InputError: if a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        explainers: Mapping[str, Explainer],
+        *,
+        every_n_epochs: int = 1,
+        cases: int = 20,
+        region: Masks | None = None,
+        within: Masks | None = None,
+        criteria: Mapping[str, Criterion] | None = None,
+        output_dir: str | Path | None = None,
+        log_dir: str | Path | None = None,
+        network: nn.Module | None = None,
+        case_key: str = "case_id",
+        anonymize: bool = False,
+        salt: str | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        on_error: Literal["log", "raise"] = "log",
+    ) -> None:
+        if on_error not in ("log", "raise"):
+            raise InputError(f"ComparisonHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
+        if not isinstance(explainers, Mapping) or len(explainers) < 2:
+            raise InputError("ComparisonHandler needs a mapping of names to two explainers or more.")
+        self.explainers = dict(explainers)
+        self.criteria = criteria
+        self.output_dir = output_dir
+        self.network = network
+        self.anonymize = anonymize
+        self.salt = new_salt() if salt is None else salt
+        self.seed = seed
+        self.progress = progress
+        self.on_error = on_error
+        self.failures = 0
+        self._drawer = (
+            None
+            if log_dir is None
+            else TensorBoardComparisonHandler(str(log_dir), anonymize=anonymize, salt=self.salt)
+        )
+        self._gathering = Gathering(
+            "ComparisonHandler", cases, every_n_epochs, case_key, {"region": region, "within": within}
+        )
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator, or to a plain ignite engine; a second time does nothing."""
+        register_events(engine)
+        self._gathering.attach(engine, self, self._fail)
+        if self._drawer is not None:
+            self._drawer.attach(engine)
+
+    def __call__(self, engine: Engine) -> None:
+        """Compare on what the epoch has gathered."""
+        gathered = self._gathering.take()
+        if not gathered.cases:
+            return
+        epoch = engine.state.epoch
+        try:
+            comparison = self._compare(engine, gathered)
+            engine.state.comparison = comparison
+            logger.info("Comparison, epoch %d: %s", epoch, summary_of(comparison))
+            if self.output_dir is not None:
+                self._save(comparison, epoch)
+            engine.fire_event(AttributionEvents.COMPARISON_COMPLETED)
+        except Exception as error:
+            self._fail(error, f"epoch {epoch}, {len(gathered.cases)} cases")
+
+    def _compare(self, engine: Engine, gathered: Gathered) -> Comparison:
+        network = network_of(engine, self.network, "ComparisonHandler")
+        device = device_of(network)
+        return compare(
+            {name: asked_as_run(e, engine, gathered.call) for name, e in self.explainers.items()},
+            network,
+            moved(gathered.cases, device),
+            regions=moved(gathered.masks.get("region", {}), device),
+            within=moved(gathered.masks.get("within", {}), device),
+            criteria=self.criteria,
+            seed=self.seed,
+            progress=self.progress,
+        )
+
+    def _save(self, comparison: Comparison, epoch: int) -> None:
+        """Write every value; what cannot be written is logged and does not end the loop."""
+        shown = with_hashed_names(comparison, self.salt) if self.anonymize else comparison
+        try:
+            shown.save(str(self.output_dir), f"comparison-{epoch}")
+        except OSError as error:
+            self._fail(error, f"epoch {epoch}", "Not saved")
+
+    def _fail(self, error: Exception, where: str, what: str = "Not compared") -> None:
+        if self.on_error == "raise":
+            raise error
+        self.failures += 1
+        logger.warning(
+            "%s: comparison, %s (failure %d): %s", what, where, self.failures, error, exc_info=error
+        )
+
+
+class TensorBoardComparisonHandler(TensorBoardHandler):
+    """Write a comparison to TensorBoard as curves, a table and plots, and compute nothing.
+
+    Attached to the engine of a :class:`ComparisonHandler`. The text page gets ``comparison``, a table of means and
+    ranks with what has no value and why; the image page ``comparison/ranks`` and ``comparison/by/<criterion>``, a row
+    per method; the scalar page ``comparison/<method>/rank`` and ``comparison/<method>/<criterion>``. Steps are epochs.
+    Cases have no names there but where a reason tells one.
+
+    Args:
+        log_dir: where the event file is written, if there is no ``summary_writer``.
+        summary_writer: a writer to share with other handlers; who made it closes it.
+        anonymize: replace names of cases by salted hashes.
+        salt: key of the hashes; None draws one.
+    """
+
+    def __init__(
+        self,
+        log_dir: str = "./runs",
+        summary_writer: SummaryWriter | None = None,
+        *,
+        anonymize: bool = False,
+        salt: str | None = None,
+    ) -> None:
+        super().__init__(summary_writer=summary_writer, log_dir=log_dir)
+        self.anonymize = anonymize
+        self.salt = new_salt() if salt is None else salt
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the engine whose methods are compared; a second time does nothing."""
+        register_events(engine)
+        if not engine.has_event_handler(self, AttributionEvents.COMPARISON_COMPLETED):
+            engine.add_event_handler(AttributionEvents.COMPARISON_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write what is in ``engine.state.comparison``."""
+        comparison: Comparison = engine.state.comparison
+        self.write(
+            with_hashed_names(comparison, self.salt) if self.anonymize else comparison, engine.state.epoch
+        )
+
+    def write(self, comparison: Comparison, step: int) -> None:
+        """Write a comparison.
+
+        Args:
+            comparison: what is written, as it is.
+            step: the place on the axis of steps.
+        """
+        for row in comparison.rows():
+            if math.isfinite(row.mean):
+                tag = f"comparison/{clean_tag(row.method)}/{clean_tag(row.criterion)}"
+                self._writer.add_scalar(tag, row.mean, step)
+        for row in comparison.overall():
+            if math.isfinite(row.rank):
+                self._writer.add_scalar(f"comparison/{clean_tag(row.method)}/rank", row.rank, step)
+        self._writer.add_text("comparison", text_of_comparison(comparison), step)
+        for name, figure in figures_of_comparison(comparison):
+            pixels = encode_png(rasterize(figure))
+            self._writer._get_file_writer().add_summary(image_summary(f"comparison/{name}", pixels, ""), step)
+        self._writer.flush()
+
+
+def figures_of_comparison(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
+    """Yield name and figure: ``ranks`` over all criteria, and ``by/<criterion>`` for each that has a value.
+
+    Args:
+        comparison: what is drawn.
+    """
+    number = len(comparison.cases)
+    cases = f"{number} case{'s' * (number != 1)}; bars: 95 % bootstrap intervals (from 5 cases on)"
+    overall = [row for row in comparison.overall() if math.isfinite(row.rank)]
+    if overall:
+        counted = "Mean over criteria but costs, 1 is best; p: paired, against the best, Holm"
+        yield "ranks", _drawn(overall, "Mean rank", [cases, counted], "rank", [])
+    for name, criterion in comparison.criteria.items():
+        rows = [row for row in comparison.rows() if row.criterion == name]
+        if not any(math.isfinite(row.mean) for row in rows):
+            continue
+        better = {"more": "more is better", "less": "less is better", "": "describes only"}[criterion.better]
+        points = [list(values) for values in comparison.values[name]]
+        yield f"by/{clean_tag(name)}", _drawn(rows, name, [f"{better}; {cases}"], criterion.unit, points)
+
+
+def _drawn(
+    rows: list[ComparisonRow], title: str, about: list[str], unit: str, points: list[list[float]]
+) -> Figure:
+    """Return rows, the best first where they have ranks."""
+    own = points or [[] for _ in rows]
+    order = sorted(
+        range(len(rows)), key=lambda i: (math.isnan(rows[i].mean), _place(rows[i].rank), rows[i].mean)
+    )
+    entries = [
+        Entry(rows[i].method, rows[i].mean, rows[i].low, rows[i].high, own[i], _note(rows[i])) for i in order
+    ]
+    best = 0 if math.isfinite(rows[order[0]].rank) else -1
+    return draw_methods(entries, title=title, about=about, unit=unit, best=best)
+
+
+def _place(rank: float) -> float:
+    return math.inf if math.isnan(rank) else rank
+
+
+def _note(row: ComparisonRow) -> str:
+    """Return rank and p-value as they stand behind a value."""
+    rank = f"rank {row.rank:.1f}" if math.isfinite(row.rank) and row.criterion != "overall" else ""
+    p = f"p {row.p:.2g}" if math.isfinite(row.p) else ""
+    words = ", ".join(filter(None, (rank, p)))
+    return f"({words})" if words else ""
+
+
+def text_of_comparison(comparison: Comparison) -> str:
+    """Return the table and what has no value as Markdown in which words from data are only words."""
+    absent = [
+        f"- {plain_words(row.method)}, {plain_words(row.criterion)}: {plain_words(row.not_available)}"
+        for row in comparison.rows()
+        if row.not_available
+    ]
+    legend = f"{len(comparison.cases)} cases. Means over cases, mean ranks in brackets, the best of a column in bold."
+    lines = [comparison.as_markdown(plain_words), "", legend, "", *absent]
+    return "\n".join(lines)
+
+
+def summary_of(comparison: Comparison) -> str:
+    """Return which method ranks best, and which are no worse as far as these cases tell."""
+    rows = [row for row in comparison.overall() if math.isfinite(row.rank)]
+    if not rows:
+        return "no criterion has a value for every method."
+    best = min(rows, key=lambda row: row.rank)
+    others = [row.method for row in rows if row is not best and not row.p < 0.05]
+    tail = f"; not told apart from it (p >= 0.05): {', '.join(others)}" if others else ""
+    return f"{best.method} has the best mean rank, {best.rank:.2f} of {len(rows)}, over {best.n} cases{tail}."
+
+
+def with_hashed_names(comparison: Comparison, salt: str) -> Comparison:
+    """Return the same values with the names of cases replaced by hashes under a salt."""
+    disguise = Disguise(comparison.cases, salt)
+    return replace(
+        comparison,
+        cases=tuple(map(disguise.words, comparison.cases)),
+        reasons={
+            (criterion, method, disguise.words(case)): disguise.words(reason)
+            for (criterion, method, case), reason in comparison.reasons.items()
+        },
+    )

@@ -1,0 +1,218 @@
+"""The first cases of an epoch, kept with their masks for handlers that judge them all when it is over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.engines import Evaluator
+from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer
+from monai.utils.enums import CommonKeys
+from torch import Tensor, nn
+
+from monai_xai.batches import Batch, row_of
+from monai_xai.calls import CallForm
+from monai_xai.errors import InputError
+from monai_xai.explainer import Explainer
+from monai_xai.grounding import GroundingCase
+
+logger = logging.getLogger(__name__)
+
+Masks = str | Callable[[Mapping[str, Any]], Tensor]
+"""A key of the batch, or a function of the batch, that gives masks (N, C, *spatial)."""
+
+
+@dataclass
+class Gathered:
+    """The cases of an epoch, on the CPU.
+
+    Args:
+        cases: batches of one.
+        masks: by what they mark and case id, shape (1, 1, *spatial), bool; empty ones are left out.
+        labels: label maps likewise, integers.
+        call: how the network takes its inputs.
+    """
+
+    cases: list[GroundingCase] = field(default_factory=list)
+    masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    call: CallForm = "arguments"
+
+
+class Gathering:
+    """Keeps the first cases of every epoch that is due, and hands them over when it is over.
+
+    Args:
+        owner: name of the handler, for errors.
+        n_cases: how many cases of an epoch at most.
+        every_n_epochs: which epochs are due.
+        case_key: where the batch holds case names; else file names are taken.
+        masks: where masks come from, by what they mark; None: nowhere. A "label" that is absent or no mask counts as
+            nowhere, too.
+        labels: where label maps (N, 1, *spatial) come from, likewise.
+
+    Raises:
+        InputError: if a number is below 1.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        n_cases: int,
+        every_n_epochs: int,
+        case_key: str,
+        masks: Mapping[str, Masks | None],
+        labels: Mapping[str, Masks | None] | None = None,
+    ) -> None:
+        if min(every_n_epochs, n_cases) < 1:
+            raise InputError(
+                f"{owner}(every_n_epochs={every_n_epochs}, cases={n_cases}): both are 1 or more."
+            )
+        self.owner = owner
+        self.n_cases = n_cases
+        self.every_n_epochs = every_n_epochs
+        self.case_key = case_key
+        self.masks = {name: given for name, given in masks.items() if given is not None}
+        self.labels = {name: given for name, given in (labels or {}).items() if given is not None}
+        self._seen = 0
+        self._gathered = Gathered()
+
+    def attach(self, engine: Engine, judge: Callable[..., None], fail: Callable[..., None]) -> None:
+        """Attach to an engine; a second time does nothing.
+
+        Args:
+            engine: an evaluator, or a plain ignite engine.
+            judge: called with the engine when an epoch is over.
+            fail: called with an exception and its place.
+        """
+        if engine.has_event_handler(judge):
+            return
+        is_evaluator = isinstance(engine, Evaluator)
+        event = IterationEvents.FORWARD_COMPLETED if is_evaluator else Events.ITERATION_COMPLETED
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start)
+        engine.add_event_handler(event, self._gather, fail)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, judge)
+
+    def take(self) -> Gathered:
+        """Return what was gathered, and keep nothing of it."""
+        gathered, self._gathered = self._gathered, Gathered()
+        return gathered
+
+    def _start(self) -> None:
+        self._seen = 0
+        self._gathered = Gathered()
+
+    def _gather(self, engine: Engine, fail: Callable[..., None]) -> None:
+        """Keep the cases of the engine's batch that are still wanted."""
+        wanted = self.n_cases - len(self._gathered.cases)
+        if engine.state.epoch % self.every_n_epochs or wanted < 1:
+            return
+        batch = Batch(engine, self._seen, self.case_key)
+        try:
+            self._seen += batch.size
+            masks = {name: self._read(engine, given, batch) for name, given in self.masks.items()}
+            labels = {name: self._read(engine, given, batch) for name, given in self.labels.items()}
+            for row in range(min(batch.size, wanted)):
+                self._keep(batch, row, masks, labels)
+        except Exception as error:
+            fail(error, f"epoch {engine.state.epoch}, iteration {engine.state.iteration}")
+
+    def _keep(
+        self, batch: Batch, row: int, masks: Mapping[str, Tensor | None], labels: Mapping[str, Tensor | None]
+    ) -> None:
+        gathered = self._gathered
+        name = batch.names[row]
+        if name in {case.id for case in gathered.cases}:
+            name = f"{name} ({batch.first + row})"
+        gathered.call = batch.call
+        inputs, label = (moved(row_of(x, row), "cpu") for x in (batch.inputs, batch.label))
+        correct = _is_correct(row_of(batch.prediction, row), label)
+        gathered.cases.append(GroundingCase(name, inputs, label, correct=correct))
+        for what, found in masks.items():
+            mask = None if found is None else (found[row : row + 1] > 0.5).any(1, keepdim=True)
+            if mask is not None and mask.any():
+                gathered.masks.setdefault(what, {})[name] = mask
+        for what, found in labels.items():
+            if found is not None:
+                gathered.labels.setdefault(what, {})[name] = found[row : row + 1].round().long()
+
+    def _read(self, engine: Engine, chosen: Masks, batch: Batch) -> Tensor | None:
+        """Return masks of a batch on the CPU, shape (N, C, *spatial); None for a label that is none.
+
+        Raises:
+            InputError: if what was named is not there, or not of every row.
+        """
+        given = engine.state.batch
+        found: Any
+        if callable(chosen):
+            found = chosen(given)
+        elif chosen == CommonKeys.LABEL:
+            found = batch.label
+            if not isinstance(found, Tensor) or found.ndim < 4:
+                logger.info("%s: the label is no mask, so that nothing is marked.", self.owner)
+                return None
+        else:
+            found = given.get(chosen) if isinstance(given, Mapping) else None
+        if not isinstance(found, Tensor) or found.ndim < 4 or len(found) != batch.size:
+            got = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            there = f"The batch has {sorted(map(str, given))}." if isinstance(given, Mapping) else ""
+            raise InputError(
+                f"{self.owner} needs masks of shape ({batch.size}, C, *spatial) in {chosen!r}, got {got}. {there}"
+            )
+        plain = found.as_tensor() if isinstance(found, MetaTensor) else found
+        return plain.detach().cpu()
+
+
+def asked_as_run(explainer: Explainer, engine: Engine, call: CallForm) -> Explainer:
+    """Return an explainer with the engine's inferer and way of calling, unless it has its own."""
+    own = getattr(engine, "inferer", None)
+    if explainer.inferer is None and isinstance(own, Inferer):
+        explainer = replace(explainer, inferer=own)
+    return replace(explainer, call=call) if explainer.call == "arguments" else explainer
+
+
+def network_of(engine: Engine, network: nn.Module | None, owner: str) -> nn.Module:
+    """Return the network that is meant, else the engine's own.
+
+    Raises:
+        InputError: if the engine has no single one.
+    """
+    found = network if network is not None else getattr(engine, "network", None)
+    if not isinstance(found, nn.Module):
+        raise InputError(
+            f"{type(engine).__name__} has no single network: give it, {owner}(..., network=network)."
+        )
+    return found
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Return where the parameters of a network are; the CPU if it has none."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Return a tensor, or the tensors in a mapping, list or case, on a device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, GroundingCase):
+        return replace(value, inputs=moved(value.inputs, device), label=moved(value.label, device))
+    if isinstance(value, Mapping):
+        return {key: moved(part, device) for key, part in value.items()}
+    return [moved(part, device) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _is_correct(prediction: Any, label: Any) -> bool | None:
+    """Return whether the largest of several classes is the label's; None where nothing can be said."""
+    if not (isinstance(prediction, Tensor) and isinstance(label, Tensor)):
+        return None
+    classes = prediction.shape[1] if prediction.ndim == 2 else 0
+    if classes < 2 or label.numel() not in (1, classes):
+        return None
+    truth = label.flatten().argmax() if label.numel() == classes else label.flatten()[0]
+    return int(prediction[0].argmax()) == int(truth)
