@@ -46,6 +46,8 @@ class Explainer:
             an explainer says which other setting of the method closes the gap on this network and case, as measured,
             where one attribution takes less than half a minute.
         on_gap: "raise" makes an :class:`~monai_xai.AttributionError` of it. No map is ever rescaled to add up.
+        memory_gib: what a batch of perturbed inputs may take, of methods that perturb; None: what is quickest on a
+            CPU, a quarter of what is free on a GPU. Results do not depend on it but for rounding.
 
     Example:
         >>> import torch
@@ -66,6 +68,7 @@ class Explainer:
     call: CallForm = "arguments"
     embeddings: Mapping[str, str] = field(default_factory=dict)
     on_gap: Literal["warn", "raise"] = "warn"
+    memory_gib: float | None = None
     _measured: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -77,10 +77,12 @@ class Term(ABC):
     Attributes:
         function: ``(*inputs, *selection)`` to scores of shape (n,).
         samples: the rows of the batch that it contributes to, n of N.
+        joins_batches: whether parts may go through the function together, with those of its other terms.
     """
 
     function: nn.Module
     samples: slice
+    joins_batches: bool
 
     @property
     def network(self) -> nn.Module:
@@ -108,6 +110,10 @@ class Term(ABC):
     @abstractmethod
     def coordinates(self, x: Tensor) -> list[Tensor]:
         """Return, for each axis of an unpadded input after the batch, which indices the part sees; -1 for none."""
+
+    def near(self, inputs: Sequence[Tensor]) -> Term:
+        """Return the same term, made quick at parts that differ from this one in places."""
+        return self
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the scores of a part, without a graph, shape (n,)."""
@@ -213,6 +219,7 @@ class WholeTerm(Term):
 
     function: nn.Module
     selected: Tensors
+    joins_batches: bool = True
     samples: ClassVar[slice] = slice(None)  # type: ignore[misc]
 
     def selection(self) -> Tensors:
@@ -262,6 +269,7 @@ class Scoring:
         drawn: the baselines of these inputs that were drawn already, by identity: several targets share them.
         embedded: inputs that were whole numbers and are explained at the output of their embedding.
         watched_for_cuts: not empty once a gradient was watched for cuts in the network's graph.
+        memory_gib: what a batch of perturbed inputs may take; None leaves it to :mod:`monai_xai.perturbed`.
     """
 
     inputs: Mapping[str, Tensor]
@@ -272,6 +280,7 @@ class Scoring:
     drawn: dict[int, list[Tensors]] = field(default_factory=dict)
     embedded: Mapping[str, EmbeddedInput] = field(default_factory=dict)
     watched_for_cuts: list[bool] = field(default_factory=list)
+    memory_gib: float | None = None
 
     @property
     def values(self) -> Tensors:

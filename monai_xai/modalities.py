@@ -20,12 +20,20 @@ from monai.inferers import Inferer
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from monai_xai.attributors.games import Game, Value, marginals, shapley_interactions, shapley_values
+from monai_xai.attributors.games import (
+    Game,
+    Value,
+    all_values,
+    marginals,
+    shapley_interactions,
+    shapley_values,
+)
 from monai_xai.baselines import Baseline, BaselineLike, Blur, Noise, as_baseline
 from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
 from monai_xai.features import Features, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, guard
+from monai_xai.perturbed import PerturbedScores
 from monai_xai.tables import ClinicalVariables
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
@@ -205,6 +213,7 @@ class ModalityShapley:
         progress: whether long work shows a bar.
         call: how the network takes several inputs, as for an ``Explainer``.
         embeddings: as for an ``Explainer``.
+        memory_gib: what a batch of coalitions may take, as for an ``Explainer``.
 
     Reference: Shapley, "A Value for n-Person Games", 1953; Grabisch & Roubens, "An axiomatic approach to the concept of
     interaction among players in cooperative games", 1999, definition 1; Owen, "Values of Games with a Priori Unions",
@@ -235,6 +244,7 @@ class ModalityShapley:
     progress: bool = True
     call: CallForm = "arguments"
     embeddings: Mapping[str, str] = field(default_factory=dict)
+    memory_gib: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", as_targets(self.target))
@@ -274,8 +284,9 @@ class ModalityShapley:
         start = time.perf_counter()
         with guard("ModalityShapley", scoring.values):
             table, score = self._players(scoring), scoring.score()
+            scores = PerturbedScores(scoring.memory_gib)
             results = {
-                name: self._play(scoring, table, baseline, score)  # type: ignore[arg-type]
+                name: self._play(scoring, table, baseline, score, scores)  # type: ignore[arg-type]
                 for name, baseline in self.baselines.items()
             }
         found = next(iter(results.values()))
@@ -306,7 +317,7 @@ class ModalityShapley:
             seed=self.seed,
             facts={
                 **task.facts(scoring),
-                "evaluations": len(scoring.terms) + sum(result.evaluations for result in results.values()),
+                "evaluations": len(scoring.terms) + scores.evaluations,
                 "method": f"ModalityShapley({self.modalities})",
             },
             unit=target.unit,
@@ -342,10 +353,15 @@ class ModalityShapley:
         return _Players.split(tuple(names), masks, finer)
 
     def _play(
-        self, scoring: Scoring, players: _Players, baseline: Baseline | Mapping[str, Baseline], score: Tensor
+        self,
+        scoring: Scoring,
+        players: _Players,
+        baseline: Baseline | Mapping[str, Baseline],
+        score: Tensor,
+        scores: PerturbedScores,
     ) -> _Result:
         draws = [
-            Game(scoring, start, players.masks, sum(map(len, players.members)), score)
+            Game(scoring, start, players.masks, sum(map(len, players.members)), score, scores)
             for start in scoring.draw(baseline)
         ]
         generator = np.random.default_rng(self.seed)
@@ -355,12 +371,10 @@ class ModalityShapley:
     def _solve(
         self, scoring: Scoring, players: _Players, game: Game, generator: np.random.Generator
     ) -> _Result:
-        coarse = game.of_groups(players.members)
+        coarse = game.among(players.members)
         count = len(players.names)
         if count <= MOST_EXACT:
-            table = torch.stack(
-                [coarse(bits) for bits in scoring.track(range(2**count), "coalitions", 2**count)], 1
-            )
+            table = all_values(coarse, count, scoring.track(range(2**count), "coalitions", 2**count))
             values, errors = shapley_values(table), torch.zeros_like(table[:, :count])
             interactions: Tensor | None = shapley_interactions(table)
         else:
@@ -378,7 +392,6 @@ class ModalityShapley:
             score,
             least,
             parts,
-            game.evaluations,
         )
 
     def _sample(
@@ -428,18 +441,12 @@ class ModalityShapley:
         return found
 
     def _walks(self, game: Game, present: int, own: Sequence[int], generator: np.random.Generator) -> Tensor:
+        local, n = game.among([[player] for player in own], present), max(self.max_permutations // 16, 1)
         if len(own) <= 4:
-            local = _local(game, present, own)
-            return shapley_values(torch.stack([local(bits) for bits in range(2 ** len(own))], 1))
-        local, n = _local(game, present, own), max(self.max_permutations // 16, 1)
+            return shapley_values(all_values(local, len(own)))
         orders = [generator.permutation(len(own)).tolist() for _ in range(n)]
         turns = [turn for order in orders for turn in (order, order[::-1])]
         return torch.stack([marginals(local, 0, turn, len(own)) for turn in turns]).mean(0)
-
-
-def _local(game: Game, present: int, own: Sequence[int]) -> Value:
-    """Return the game among some players, with others present."""
-    return lambda bits: game(present | sum(1 << player for i, player in enumerate(own) if bits >> i & 1))
 
 
 @dataclass(frozen=True)
@@ -507,7 +514,6 @@ class _Result(NamedTuple):
     score: Tensor
     baseline_score: Tensor
     parts: dict[str, Tensor]
-    evaluations: int
 
     @classmethod
     def mean(cls, results: Sequence[_Result]) -> _Result:
@@ -532,7 +538,6 @@ class _Result(NamedTuple):
             results[0].score,
             mean(r.baseline_score for r in results),
             {name: mean(r.parts[name] for r in results) for name in results[0].parts},
-            sum(r.evaluations for r in results),
         )
 
 

@@ -30,6 +30,7 @@ from monai_xai.regions import Needs
 from monai_xai.targets import FunctionTarget, Target
 from monai_xai.windows import (
     StitchedNetwork,
+    StitchedTerm,
     is_sliding_window,
     output_channels,
     plan_windows,
@@ -55,6 +56,10 @@ class Question(Protocol):
     @property
     def progress(self) -> bool:
         """Whether long work shows a bar."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """What a batch of perturbed inputs may take."""
 
     @property
     def call(self) -> CallForm:
@@ -89,6 +94,7 @@ class Task:
         self.inferer = question.inferer
         self.target = as_targets(question.target)
         self.progress = question.progress
+        self.memory_gib = question.memory_gib
         self.network = network
         self.inputs = inputs
         self.label = label
@@ -122,14 +128,23 @@ class Task:
         if (sliding := self._sliding) and target.linear:
             return window_scoring(self.network, sliding, target, selection[0], inputs=self.inputs)
         whole = self._whole(target.head)
-        scored = replace(target, head=None) if isinstance(whole, StitchedNetwork) else target
-        function = ScoreFunction(whole, scored, len(self.inputs))
-        repeats = whole is not self.network
-        return Scoring(self.inputs, [WholeTerm(function, selection)], repeats_calls=repeats)
+        term: WholeTerm
+        if isinstance(whole, StitchedNetwork):
+            term = StitchedTerm(ScoreFunction(whole, replace(target, head=None), len(self.inputs)), selection)
+        else:
+            function = ScoreFunction(whole, target, len(self.inputs))
+            term = WholeTerm(function, selection, joins_batches=whole is self.network)
+        return Scoring(self.inputs, [term], repeats_calls=not term.joins_batches)
 
     def _share(self, scoring: Scoring) -> Scoring:
         """Return a scoring with what all targets of this batch share."""
-        return replace(scoring, progress=self.progress, drawn=self._drawn, embedded=self.network.embedded)
+        return replace(
+            scoring,
+            progress=self.progress,
+            drawn=self._drawn,
+            embedded=self.network.embedded,
+            memory_gib=self.memory_gib,
+        )
 
     def facts(self, scoring: Scoring) -> dict[str, int]:
         """Return how many windows there are and how many of them matter."""

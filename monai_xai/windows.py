@@ -13,11 +13,12 @@ and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Number
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices, get_valid_patch_size
@@ -27,7 +28,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Padding, ScoreFunction, Scoring, Tensors, Term, count_not_finite, with_progress
+from monai_xai.forward import (
+    Padding,
+    ScoreFunction,
+    Scoring,
+    Tensors,
+    Term,
+    WholeTerm,
+    count_not_finite,
+    with_progress,
+)
+from monai_xai.memory import GIB
 from monai_xai.targets import Target, pick_head
 
 Place = tuple[slice, ...]
@@ -348,6 +359,7 @@ class WindowTerm(Term):
     place: Place
     sample: int
     weights: Tensor
+    joins_batches: ClassVar[bool] = True  # type: ignore[misc]
 
     @property
     def samples(self) -> slice:  # type: ignore[override]
@@ -359,11 +371,11 @@ class WindowTerm(Term):
         return (weights.to(self._device),)
 
     def cut(self, inputs: Sequence[Tensor]) -> Tensors:
-        return tuple(x[self._index(x)].to(self._device) for x in inputs)
+        return tuple(x[self.index(x)].to(self._device) for x in inputs)
 
     def add(self, totals: Sequence[Tensor], maps: Sequence[Tensor]) -> None:
         for total, part in zip(totals, maps, strict=True):
-            total[self._index(total)] += part.to(total)
+            total[self.index(total)] += part.to(total)
 
     def blending(self) -> Tensor:
         return self.windows.importance / self.windows.total_importance[everywhere(self.place)]
@@ -378,7 +390,8 @@ class WindowTerm(Term):
     def _device(self) -> torch.device:
         return self.windows.window_device(self.weights.device)
 
-    def _index(self, x: Tensor) -> tuple[slice, ...]:
+    def index(self, x: Tensor) -> Place:
+        """Return where the window lies in a (padded) whole input."""
         return (self.samples, slice(None), *self.place) if self.windows.is_image(x) else (self.samples,)
 
 
@@ -445,3 +458,101 @@ def window_scoring(
     weights = _share_among_windows(windows, selection.to(device=windows.device, dtype=windows.dtype))
     terms = _window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
     return Scoring(inputs, terms, padding=windows)
+
+
+@dataclass(frozen=True)
+class StitchedTerm(WholeTerm):
+    """The one term of a score that is not linear in the stitched prediction: the whole prediction is looked at.
+
+    Args:
+        function: around a :class:`StitchedNetwork`.
+        selected: the further arguments of the function.
+    """
+
+    joins_batches: bool = False
+
+    def near(self, inputs: Sequence[Tensor]) -> Term:
+        assert isinstance(self.function, ScoreFunction) and isinstance(self.function.network, StitchedNetwork)
+        return StitchedNearTerm(self.function, self.selected, clean=_Stitching(self.function.network, inputs))
+
+
+@dataclass(frozen=True)
+class StitchedNearTerm(StitchedTerm):
+    """A :class:`StitchedTerm` at inputs near some clean ones: only windows that see a difference are computed.
+
+    Args:
+        function: around a :class:`StitchedNetwork`.
+        selected: the further arguments of the function.
+        clean: the clean prediction.
+    """
+
+    clean: _Stitching = field(kw_only=True)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        assert isinstance(self.function, ScoreFunction)
+        with torch.no_grad(), self.clean.updated(inputs) as output:
+            return self.function.target.score(output, *self.selected)
+
+
+KEPT_GIB = 1.0
+"""GiB of clean window outputs that are kept while a stitched prediction is updated; others are computed again."""
+
+
+class _Stitching:
+    """A stitched prediction that is updated in place where inputs differ from clean ones, and then restored.
+
+    Args:
+        stitched: the network.
+        inputs: the clean inputs.
+    """
+
+    def __init__(self, stitched: StitchedNetwork, inputs: Sequence[Tensor]) -> None:
+        self._windows = plan_windows(stitched.inferer, inputs)
+        self._clean = [self._windows.pad(x) for x in inputs]
+        with torch.no_grad():
+            self._output = self._windows.pad_with_zeros(stitched.predict(*inputs))
+        outputs = _Output(stitched.network, stitched.head, self._windows.size)
+        everything = torch.ones_like(self._output[:, :1])
+        self._terms = _window_terms(self._windows, outputs, everything, inputs)
+        self._kept: dict[int, Tensor] = {}
+
+    @contextmanager
+    def updated(self, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Give the prediction at other inputs, shape (N, C, *spatial), inside the block."""
+        padded = [self._windows.pad(x) for x in inputs]
+        before: list[tuple[Place, Tensor]] = []
+        for number, term in enumerate(self._terms):
+            part, clean = term.cut(padded), term.cut(self._clean)
+            if all(map(torch.equal, part, clean)):
+                continue
+            change = term.function(*(x.clone() for x in part)) - self._clean_output(number, clean)
+            index = term.index(self._output)
+            before.append((index, self._output[index].clone()))
+            self._output[index] += change.to(self._output) * term.blending()
+        try:
+            yield self._windows.crop(self._output)
+        finally:
+            for index, values in reversed(before):
+                self._output[index] = values
+
+    def _clean_output(self, number: int, part: Tensors) -> Tensor:
+        """Return what the network gives for a window of the clean inputs."""
+        if number in self._kept:
+            return self._kept[number]
+        output: Tensor = self._terms[number].function(*(x.clone() for x in part))
+        if (len(self._kept) + 1) * output.nbytes <= KEPT_GIB * GIB:
+            self._kept[number] = output
+        return output
+
+
+class _Output(nn.Module):
+    """The network's output on a window, on the grid of the window."""
+
+    def __init__(self, network: nn.Module, head: str | int | None, size: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+        self.size = size
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return window_output(self.network(*inputs), self.head, self.size)

@@ -27,6 +27,7 @@ FLOORS = {
     "windows": 1,
     "networks": 1,
     "operations": 1,
+    "perturbed": 1,
     "attributors": 2,
     "tasks": 3,
     "explainer": 3,
@@ -62,6 +63,7 @@ NEIGHBORS = {
     "forward": {"calls", "networks"},
     "windows": {"forward"},
     "operations": {"forward", "networks"},
+    "perturbed": {"forward"},
     "explainer": {"tasks"},
     "modalities": {"tasks"},
     "cohorts": {"statistics"},
@@ -74,7 +76,7 @@ NEIGHBORS = {
     "report": {"tensorboard"},
     "gathering": {"batches"},
     "grounding_handler": {"gathering", "handlers", "report", "tensorboard"},
-    "comparison_handler": {"gathering", "grounding_handler", "handlers", "report", "tensorboard"},
+    "comparison_handler": {"gathering", "handlers", "report", "tensorboard"},
     "__main__": {"overlays"},
 }
 # Hosts that only some floors may touch.

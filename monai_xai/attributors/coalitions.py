@@ -14,11 +14,12 @@ from torch import Tensor
 
 from monai_xai.attributors.activations import interpolated
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
-from monai_xai.attributors.games import Game, marginals, shapley_values
+from monai_xai.attributors.games import Game, all_values, marginals, shapley_values
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.features import Blocks, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, Tensors, guard
+from monai_xai.perturbed import PerturbedScores
 
 MOST_FEATURES = 14
 """Up to this many features, :class:`ShapleyValues` evaluates all coalitions."""
@@ -64,8 +65,9 @@ class CoalitionAttributor(BaselineAttributor):
     def _play(
         self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, score: Tensor
     ) -> Attribution:
+        scores = PerturbedScores(scoring.memory_gib)
         with guard(self.name, scoring.values):
-            game = Game(scoring, start, masks, count, score)
+            game = Game(scoring, start, masks, count, score, scores)
             worth = self.solve(scoring, game, count)
         maps = {
             name: worth.values[:, mask[0]].expand_as(x).clone()
@@ -74,7 +76,7 @@ class CoalitionAttributor(BaselineAttributor):
         change, total = score - game(0), worth.values.sum(1)
         facts: dict[str, int | float | str] = {
             "pieces": count,
-            "passes": game.evaluations / max(len(scoring.terms), 1),
+            "passes": scores.evaluations / max(len(scoring.terms), 1),
             "residual": float((total - change).abs().max()),
             **worth.facts,
         }
@@ -98,8 +100,8 @@ class ShapleyValues(CoalitionAttributor):
                 f"ShapleyValues needs 2^{count} coalitions for {count} features; it takes up to {MOST_FEATURES}. Use "
                 "ShapleyValueSampling, or fewer features."
             )
-        table = [game(bits) for bits in scoring.track(range(2**count), self.name, 2**count)]
-        return Worth(shapley_values(torch.stack(table, 1)), {})
+        coalitions = scoring.track(range(2**count), self.name, 2**count)
+        return Worth(shapley_values(all_values(game, count, coalitions)), {})
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class KernelShap(SampledCoalitions):
             row[generator.choice(count, size, replace=False)] = True
             rows += [row, ~row]
         bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
-        scores = torch.stack([game(b) for b in scoring.track(bits, self.name)])
+        game.prepare(scoring.track(bits, self.name))
+        scores = torch.stack([game(b) for b in bits])
         return torch.from_numpy(np.stack(rows)).to(scores), scores
 
 
@@ -205,7 +208,8 @@ class Lime(SampledCoalitions):
         rows = generator.random((self.n_samples, count)) < 0.5
         rows[0] = True
         bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
-        scores = torch.stack([game(b) for b in scoring.track(bits, self.name)])
+        game.prepare(scoring.track(bits, self.name))
+        scores = torch.stack([game(b) for b in bits])
         members = torch.from_numpy(rows).to(scores)
         weights = torch.exp(-((1 - members.mean(1)) ** 2) / self.kernel_width**2)[:, None]
         design = torch.cat([members, torch.ones_like(members[:, :1])], 1)
@@ -322,8 +326,9 @@ class FeaturePermutation(Attributor):
         masks, pieces = feature_masks(as_features(self.features), scoring.inputs)
         score = scoring.score()
         game, everyone = Game(scoring, start, masks, pieces, score), 2**pieces - 1
-        alone = [game(everyone ^ (1 << i)) for i in scoring.track(range(pieces), self.name)]
-        effects = score[:, None] - torch.stack(alone, 1)
+        without = [everyone ^ (1 << i) for i in range(pieces)]
+        game.prepare(scoring.track(without, self.name))
+        effects = score[:, None] - torch.stack([game(bits) for bits in without], 1)
         maps = {
             name: effects[:, mask[0]].expand_as(x).clone()
             for (name, x), mask in zip(scoring.inputs.items(), masks, strict=True)

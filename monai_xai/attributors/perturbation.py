@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import find_objects
 from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, BaselineAttributor, average
@@ -23,6 +24,7 @@ from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.features import Channels, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, Tensors, Term, guard
+from monai_xai.perturbed import PerturbedScores, Trial
 
 
 class Piece(NamedTuple):
@@ -31,12 +33,14 @@ class Piece(NamedTuple):
     Args:
         number: which piece.
         source: which input it lies in.
-        mask: where it is, expandable to one sample of the part.
+        box: the box of one sample of the part that it lies in.
+        mask: where it is in the box, expandable to it; None if it fills the box.
     """
 
     number: int
     source: int
-    mask: Tensor
+    box: tuple[slice, ...]
+    mask: Tensor | None = None
 
 
 class Plan(ABC):
@@ -50,7 +54,7 @@ class Plan(ABC):
 
         Args:
             term: the term.
-            differs: for each input where its part differs from the baseline, shape of one sample.
+            differs: for each input where its part differs from the baseline, shape of one sample, in main memory.
         """
 
     @abstractmethod
@@ -72,20 +76,29 @@ class PerturbationAttributor(BaselineAttributor):
         return average([self._perturb(scoring, baseline, plan) for baseline in self.draws(scoring)])
 
     def _perturb(self, scoring: Scoring, baseline: Tensors, plan: Plan) -> Attribution:
-        first = scoring.values[0]
+        first, scores = scoring.values[0], PerturbedScores(scoring.memory_gib)
         effects = torch.zeros((first.shape[0], plan.count), dtype=first.dtype, device=first.device)
-        scores, passes = [], 0
-        for term, (inputs, start) in scoring.parts(self.name, scoring.values, baseline):
-            with guard(self.name, inputs):
-                scores.append(term(inputs))
-                differs = [(x != b).any(0) for x, b in zip(inputs, start, strict=True)]
-                for piece in scoring.track_within(plan.pieces(term, differs), "pieces"):
-                    effect = scores[-1] - term(_replace(inputs, start, piece))
-                    effects[term.samples, piece.number] += effect.to(effects)
-                    passes += 1
+        clean: list[Tensor] = []
+        with guard(self.name, scoring.values):
+            for (term, piece), score in scores(self._trials(scoring, baseline, plan)):
+                if piece is None:
+                    clean.append(score)
+                else:
+                    effects[term.samples, piece] += (clean[-1] - score).to(effects)
         maps = dict(zip(scoring.inputs, plan.paint(effects), strict=True))
-        facts = {"pieces": plan.count, "passes": passes / max(len(scoring.terms), 1)}
-        return Attribution(maps, scoring.sum_scores(scores), scoring.score(baseline), facts)
+        facts = {"pieces": plan.count, "passes": (scores.evaluations - len(clean)) / max(len(clean), 1)}
+        return Attribution(maps, scoring.sum_scores(clean), scoring.score(baseline), facts)
+
+    def _trials(
+        self, scoring: Scoring, baseline: Tensors, plan: Plan
+    ) -> Iterator[Trial[tuple[Term, int | None]]]:
+        """Yield each term as it is, and then without each of the pieces that matter to it."""
+        for term, (inputs, start) in scoring.parts(self.name, scoring.values, baseline):
+            near = term.near(inputs)
+            yield Trial((term, None), near, inputs)
+            differs = [(x != b).any(0).cpu() for x, b in zip(inputs, start, strict=True)]
+            for piece in scoring.track_within(plan.pieces(term, differs), "pieces"):
+                yield Trial((term, piece.number), near, _replace(inputs, start, piece))
 
 
 @dataclass(frozen=True)
@@ -120,14 +133,13 @@ class _FeaturePlan(Plan):
     count: int
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
-        seen = [
-            see_features(mask[0], term.coordinates(x))
-            for mask, x in zip(self.masks, self.inputs, strict=True)
-        ]
-        for source, (mask, differ) in enumerate(zip(seen, differs, strict=True)):
-            numbers = torch.unique(mask.expand(differ.shape)[differ.to(mask.device)])
-            for number in numbers[numbers >= 0].tolist():
-                yield Piece(number, source, mask == number)
+        for source, (mask, x, differ) in enumerate(zip(self.masks, self.inputs, differs, strict=True)):
+            seen = see_features(mask[0], term.coordinates(x)).cpu()
+            numbers = torch.unique(seen.expand(differ.shape)[differ])
+            numbers = numbers[numbers >= 0]
+            for number, box in zip(numbers.tolist(), _boxes_around(seen, numbers), strict=True):
+                inside = seen[box] == number
+                yield Piece(number, source, box, None if inside.all() else inside)
 
     def paint(self, effects: Tensor) -> Tensors:
         return tuple(
@@ -205,15 +217,14 @@ class _BoxPlan(Plan):
 
     def pieces(self, term: Term, differs: Sequence[Tensor]) -> Iterator[Piece]:
         for source, (grid, x) in enumerate(zip(self.grids, self.inputs, strict=True)):
-            differ = differs[source]
-            sides = [
-                _sides(*axis) for axis in zip(term.coordinates(x), grid.starts, grid.window, strict=True)
-            ]
-            for box in product(*sides):
-                mask = _outer([side.to(differ.device) for _, side in box])
-                if (mask & differ).any():
-                    number = grid.first + int(np.ravel_multi_index([index for index, _ in box], grid.shape))
-                    yield Piece(number, source, mask)
+            axes = zip(term.coordinates(x), grid.starts, grid.window, strict=True)
+            for sides in product(*(_sides(axis.cpu(), starts, length) for axis, starts, length in axes)):
+                box = tuple(side.extent for side in sides)
+                mask = None if all(side.is_filled for side in sides) else _outer([s.inside for s in sides])
+                differ = differs[source][box]
+                if (differ if mask is None else mask & differ).any():
+                    number = grid.first + int(np.ravel_multi_index([s.number for s in sides], grid.shape))
+                    yield Piece(number, source, box, mask)
 
     def paint(self, effects: Tensor) -> Tensors:
         return tuple(
@@ -222,13 +233,45 @@ class _BoxPlan(Plan):
         )
 
 
-def _sides(axis: Tensor, starts: range, length: int) -> list[tuple[int, Tensor]]:
-    """Return the boxes that an axis of a term meets: their index along the axis, and where they are on it."""
+def _boxes_around(labels: Tensor, numbers: Tensor) -> list[tuple[slice, ...]]:
+    """Return the smallest box around each of some labels, ascending; whole axes where labels are to be expanded."""
+    if not len(numbers):
+        return []
+    lowest = int(numbers[0])
+    found = find_objects((labels - lowest + 1).numpy(), int(numbers[-1]) - lowest + 1)
     return [
-        (index, side)
-        for index, start in enumerate(starts)
-        if (side := (axis >= start) & (axis < start + length)).any()
+        tuple(slice(None) if n == 1 else side for side, n in zip(found[number], labels.shape, strict=True))
+        for number in (numbers - lowest).tolist()
     ]
+
+
+class _Side(NamedTuple):
+    """A box as one axis of a term sees it.
+
+    Args:
+        number: of the box along the axis.
+        extent: from the first to the last place on the axis that lies in the box.
+        inside: which places of the extent do: not all where padding repeats the image.
+    """
+
+    number: int
+    extent: slice
+    inside: Tensor
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all places of the extent lie in the box."""
+        return bool(self.inside.all())
+
+
+def _sides(axis: Tensor, starts: range, length: int) -> Iterator[_Side]:
+    """Yield the boxes that an axis of a term meets."""
+    for number, start in enumerate(starts):
+        inside = (axis >= start) & (axis < start + length)
+        if inside.any():
+            places = inside.nonzero()
+            extent = slice(int(places[0]), int(places[-1]) + 1)
+            yield _Side(number, extent, inside[extent])
 
 
 def _paint_boxes(effects: Tensor, grid: _Grid, x: Tensor) -> Tensor:
@@ -289,5 +332,8 @@ def _outer(sides: Sequence[Tensor]) -> Tensor:
 def _replace(inputs: Tensors, baselines: Tensors, piece: Piece) -> Tensors:
     """Return the inputs with the baseline in place of a piece."""
     x, b = inputs[piece.source], baselines[piece.source]
-    replaced = torch.where(piece.mask.to(x.device), b, x)
+    replaced, place = x.clone(), (slice(None), *piece.box)
+    replaced[place] = (
+        b[place] if piece.mask is None else torch.where(piece.mask.to(x.device), b[place], x[place])
+    )
     return (*inputs[: piece.source], replaced, *inputs[piece.source + 1 :])

@@ -669,6 +669,7 @@ class _RegionQuestion:
     call: CallForm = "arguments"
     embeddings: Mapping[str, str] = field(default_factory=dict)
     progress: bool = False
+    memory_gib: float | None = None
 
 
 def necessity_and_sufficiency(
