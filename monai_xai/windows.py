@@ -507,14 +507,20 @@ class _Stitching:
     """
 
     def __init__(self, stitched: StitchedNetwork, inputs: Sequence[Tensor]) -> None:
+        self._stitched, self._inputs = stitched, inputs
         self._windows = plan_windows(stitched.inferer, inputs)
         self._clean = [self._windows.pad(x) for x in inputs]
-        with torch.no_grad():
-            self._output = self._windows.pad_with_zeros(stitched.predict(*inputs))
-        outputs = _Output(stitched.network, stitched.head, self._windows.size)
-        everything = torch.ones_like(self._output[:, :1])
-        self._terms = _window_terms(self._windows, outputs, everything, inputs)
         self._kept: dict[int, Tensor] = {}
+
+    @cached_property
+    def _output(self) -> Tensor:
+        """The prediction, on the padded grid."""
+        return self._windows.pad_with_zeros(self._stitched.predict(*self._inputs))
+
+    @cached_property
+    def _terms(self) -> list[WindowTerm]:
+        outputs = _Output(self._stitched.network, self._stitched.head, self._windows.size)
+        return _window_terms(self._windows, outputs, torch.ones_like(self._output[:, :1]), self._inputs)
 
     @contextmanager
     def updated(self, inputs: Sequence[Tensor]) -> Iterator[Tensor]:

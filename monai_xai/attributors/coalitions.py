@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -14,12 +14,19 @@ from torch import Tensor
 
 from monai_xai.attributors.activations import interpolated
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
-from monai_xai.attributors.games import Game, all_values, marginals, shapley_values
+from monai_xai.attributors.games import (
+    Game,
+    TermGame,
+    all_values,
+    exact_values,
+    marginals,
+    shapley_values,
+)
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.features import Blocks, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, Tensors, guard
-from monai_xai.perturbed import PerturbedScores
+from monai_xai.perturbed import CachedScore, PerturbedScores
 
 MOST_FEATURES = 14
 """Up to this many features, :class:`ShapleyValues` evaluates all coalitions."""
@@ -128,22 +135,61 @@ class SampledCoalitions(CoalitionAttributor):
 class ShapleyValueSampling(SampledCoalitions):
     """What a feature adds on average over random orders, each walked forwards and backwards.
 
+    Over sliding windows each window is a game of its own among the features that it sees: exact where these are few,
+    drawn elsewhere, independently of the other windows.
+
     Args:
-        n_samples: how many orders. The largest standard error is in ``facts``.
+        n_samples: how many orders of each game at most.
+        tolerance: drawing ends when the largest standard error, which is in ``facts``, is below this share of the
+            change of the score; 0 draws all orders.
 
     Reference: Castro et al., "Polynomial calculation of the Shapley value based on sampling", 2009; antithetic pairs as
     in Mitchell et al., JMLR 2022 (arXiv:2104.12199).
     """
 
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.tolerance < 1:
+            raise InputError(f"ShapleyValueSampling(tolerance={self.tolerance}) must lie in [0, 1).")
+
     def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
-        generator, samples = np.random.default_rng(self.seed), []
-        for _ in scoring.track(range(math.ceil(self.n_samples / 2)), self.name):
-            order = generator.permutation(count).tolist()
-            turns = [order, order[::-1]]
-            samples.append(torch.stack([marginals(game, 0, turn, count) for turn in turns]).mean(0))
-        drawn = torch.stack(samples)
-        error = float((drawn.std(0) / math.sqrt(len(drawn))).max()) if len(drawn) > 1 else math.nan
-        return Worth(drawn.mean(0), {"standard_error": error})
+        allowed = self.tolerance * (game(2**count - 1) - game(0)).abs() / math.sqrt(len(game.terms))
+        values = allowed.new_zeros((len(allowed), count))
+        variances = torch.zeros_like(values)
+        terms = scoring.track(game.terms, self.name) if len(game.terms) > 1 else game.terms
+        for number, term in enumerate(terms):
+            samples = self._draw(scoring, term, count, number, allowed[term.samples])
+            values[term.samples] += samples.mean(0).to(values)
+            variances[term.samples] += _variance_of_mean(samples).to(values)
+        return Worth(values, {"standard_error": float(variances.max().sqrt())})
+
+    def _draw(self, scoring: Scoring, term: TermGame, count: int, number: int, allowed: Tensor) -> Tensor:
+        """Return samples of the values in the game of one term, shape (S, n, count); equal ones if they are exact."""
+        players = term.players
+        if 2 ** len(players) <= max(self.n_samples * len(players), 1):
+            return exact_values(term, count).expand(2, -1, -1)
+        generator, samples = np.random.default_rng([self.seed, number]), []
+        for _ in scoring.track_within(range(math.ceil(self.n_samples / 2)), self.name):
+            order = generator.permutation(players).tolist()
+            samples.append(
+                torch.stack([marginals(term, 0, turn, count) for turn in (order, order[::-1])]).mean(0)
+            )
+            if self.tolerance and len(samples) >= _FEWEST_PAIRS:
+                errors = _variance_of_mean(torch.stack(samples)).sqrt()
+                if (errors <= allowed.to(errors)[:, None]).all():
+                    break
+        return torch.stack(samples)
+
+
+_FEWEST_PAIRS = 8
+"""Pairs of orders before their spread is believed."""
+
+
+def _variance_of_mean(samples: Tensor) -> Tensor:
+    """Return the variance of the mean of samples (S, ...); of a single one, NaN."""
+    return samples.var(0) / len(samples) if len(samples) > 1 else torch.full_like(samples[0], math.nan)
 
 
 @dataclass(frozen=True)
@@ -260,23 +306,28 @@ class Rise(BaselineAttributor):
         return average([self._mask(scoring, start) for start in self.draws(scoring)])
 
     def _mask(self, scoring: Scoring, start: Tensors) -> Attribution:
-        generator = np.random.default_rng(self.seed)
+        generator, cached = np.random.default_rng(self.seed), CachedScore(scoring)
         sums = [torch.zeros_like(x) for x in scoring.values]
         masses = [torch.zeros_like(x[:1] if x.ndim == 2 else x[:1, :1]) for x in scoring.values]
         mean = torch.zeros(len(scoring.values[0])).to(scoring.values[0])
-        for _ in scoring.track(range(self.n_samples), self.name):
-            masks = [self._draw(x, generator) for x in scoring.values]
-            mixed = [b + m * (x - b) for x, b, m in zip(scoring.values, start, masks, strict=True)]
-            score = scoring.score(mixed)
-            mean += score / self.n_samples
+
+        def masked() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+            for _ in scoring.track(range(self.n_samples), self.name):
+                masks = [self._draw(x, generator) for x in scoring.values]
+                mixed = zip(scoring.values, start, masks, strict=True)
+                yield masks, [b + m * (x - b) for x, b, m in mixed]
+
+        score = cached.pin(scoring.values)
+        for masks, masked_score in cached.many(masked()):
+            mean += masked_score / self.n_samples
             for total, mass, mask in zip(sums, masses, masks, strict=True):
-                total += score.reshape(-1, *(1,) * (total.ndim - 1)) * mask
+                total += masked_score.reshape(-1, *(1,) * (total.ndim - 1)) * mask
                 mass += mask
         maps = {
             name: total / mass - mean.reshape(-1, *(1,) * (total.ndim - 1))
             for name, total, mass in zip(scoring.inputs, sums, masses, strict=True)
         }
-        return Attribution(maps, scoring.score(), scoring.score(start), {"passes": self.n_samples})
+        return Attribution(maps, score, cached(start), {"passes": cached.evaluations})
 
     def _draw(self, x: Tensor, generator: np.random.Generator) -> Tensor:
         """Return a mask of one input, shape (1, 1, *spatial) or (1, F)."""

@@ -125,6 +125,9 @@ class TermGame(Value):
         parts: number of the part that each voxel belongs to, as it sees them; -1 for padding.
         count: how many parts there are.
         scores: what asks the network.
+
+    Attributes:
+        samples: the rows of the batch that it is about.
     """
 
     def __init__(
@@ -136,7 +139,8 @@ class TermGame(Value):
         count: int,
         scores: PerturbedScores,
     ) -> None:
-        self.term = term
+        self.samples = term.samples
+        self._term = term
         self._known: dict[int, Tensor] = {}
         self._inputs, self._start, self._parts, self._count = inputs, start, parts, count
         self._scores = scores
@@ -173,7 +177,7 @@ class TermGame(Value):
         for key in (bits & self._active for bits in coalitions):
             if key not in self._asked:
                 self._asked.add(key)
-                yield Trial((self, key), self.term, self._mix(key))
+                yield Trial((self, key), self._term, self._mix(key))
 
     def _mix(self, bits: int) -> Tensors:
         """Return the part with all that is not in a coalition at its baseline."""
@@ -200,6 +204,17 @@ def all_values(value: Value, count: int, coalitions: Iterable[int] | None = None
     """
     value.prepare(range(2**count) if coalitions is None else coalitions)
     return torch.stack([value(bits) for bits in range(2**count)], 1)
+
+
+def exact_values(term: TermGame, count: int) -> Tensor:
+    """Return the Shapley values in the game of one term, from all of its coalitions, shape (n, count)."""
+    players = list(term.players)
+    if not players:
+        return term(0).new_zeros((len(term(0)), count))
+    found = shapley_values(all_values(term.among([[player] for player in players]), len(players)))
+    values = found.new_zeros((len(found), count))
+    values[:, players] = found
+    return values
 
 
 def marginals(value: Value, start: int, order: Sequence[int], count: int) -> Tensor:

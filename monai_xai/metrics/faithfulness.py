@@ -7,7 +7,7 @@ that see a difference are computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -27,7 +27,6 @@ from monai_xai.features import Blocks, FeaturesLike
 from monai_xai.forward import Scoring, Tensors
 from monai_xai.metrics.base import Scores, as_mask, grown, moved, real, undefined_where
 from monai_xai.metrics.perturbations import (
-    CachedScore,
     Disturbed,
     Imputation,
     Perturbation,
@@ -37,6 +36,7 @@ from monai_xai.metrics.perturbations import (
     usual_imputer,
 )
 from monai_xai.metrics.questions import Explained, OpenQuestion, ask, explanation_or_maps, maps_of
+from monai_xai.perturbed import CachedScore
 from monai_xai.tasks import Inputs, Label, TargetLike
 
 if TYPE_CHECKING:
@@ -248,29 +248,31 @@ def _walk(
     inserts: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return scores along the curve (N, S), and with all features taken away (N,)."""
-    impute = Imputation(options.imputer, cached._scoring)
     counts = present.sum(1, keepdim=True)
-    raw = []
+    fractions = options.fractions().tolist()
+    taken = [ranks < (fraction * counts + 0.5).floor() for fraction in fractions]
+    steps = [present & ~before if inserts else present & before for before in taken]
+    known = [fraction == (1 if inserts else 0) for fraction in fractions]
+    asked = [step for step, is_clean in zip(steps, known, strict=True) if not is_clean]
+    # Without all features stands beside the step that equals it, so that it is found once.
+    removals = [present, *asked] if inserts else [*asked, present]
+    found = _mean_scores(cached, Imputation(options.imputer, cached.scoring), players, removals)
+    emptied = found.pop(0 if inserts else -1)
+    scores = iter(found)
+    return torch.stack([clean.to(emptied) if is_clean else next(scores) for is_clean in known], 1), emptied
 
-    def score(chosen: Tensor) -> Tensor:
-        draws = [cached(inputs) for inputs in impute(players.where(chosen))]
-        return (
-            torch.stack(draws).double().mean(0) if clean.device.type == "cpu" else torch.stack(draws).mean(0)
-        )
 
-    emptied = score(present) if inserts else None
-    for fraction in options.fractions().tolist():
-        before = ranks < (fraction * counts + 0.5).floor()
-        chosen = present & ~before if inserts else present & before
-        if fraction == 0:
-            raw.append(emptied if emptied is not None else clean.to(torch.float64))
-        elif fraction == 1 and inserts:
-            raw.append(clean)
-        else:
-            raw.append(score(chosen))
-    if emptied is None:
-        emptied = raw[-1] if options.until == 1 else score(present)
-    return torch.stack([part.to(emptied) for part in raw], 1), emptied
+def _mean_scores(
+    cached: CachedScore, impute: Imputation, players: Players, removals: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the scores without chosen features, each the mean over the draws of the imputer."""
+    wholes = (
+        (number, inputs) for number, chosen in enumerate(removals) for inputs in impute(players.where(chosen))
+    )
+    found: list[list[Tensor]] = [[] for _ in removals]
+    for number, score in cached.many(wholes):
+        found[number].append(real(score))
+    return [torch.stack(draws).mean(0) for draws in found]
 
 
 def _normalize(
@@ -407,11 +409,16 @@ def fidelity(
         cached = CachedScore(scoring)
         clean = cached.pin(scoring.values)
         disturb = perturbation.prepare(scoring)
+
+        def predictions() -> Iterator[tuple[Tensor, Tensors]]:
+            for number in scoring.track(range(n_draws), "fidelity", n_draws):
+                disturbed = disturb(number)
+                yield _predict(explainer.attributor, maps, scoring, disturbed), disturbed.inputs
+
         predicted, observed = [], []
-        for number in scoring.track(range(n_draws), "fidelity", n_draws):
-            disturbed = disturb(number)
-            predicted.append(_predict(explainer.attributor, maps, scoring, disturbed))
-            observed.append(real(clean) - real(cached(disturbed.inputs)))
+        for prediction, score in cached.many(predictions()):
+            predicted.append(prediction)
+            observed.append(real(clean) - real(score))
     return Fidelity(torch.stack(predicted, 1), torch.stack(observed, 1), cached.evaluations)
 
 
@@ -514,9 +521,7 @@ def sensitivity_n(
             size: _correlate_sets(
                 worth,
                 present,
-                lambda chosen: (
-                    clean - torch.stack([real(cached(x)) for x in impute(players.where(chosen))]).mean(0)
-                ),
+                lambda sets: [clean - score for score in _mean_scores(cached, impute, players, sets)],
                 _set_size(size, present),
                 range(number * n_draws, (number + 1) * n_draws),
                 seed,
@@ -572,20 +577,18 @@ def _set_size(size: int | float, present: Tensor) -> Tensor:
 def _correlate_sets(
     worth: Tensor,
     present: Tensor,
-    effect: Callable[[Tensor], Tensor],
+    effects: Callable[[Sequence[Tensor]], Sequence[Tensor]],
     size: Tensor,
     numbers: Sequence[int],
     seed: int,
 ) -> Scores:
-    predicted, observed = [], []
-    for number in numbers:
-        chosen = chosen_at_random(present, size, number, seed)
-        predicted.append(torch.where(chosen, worth, 0).sum(1))
-        observed.append(effect(chosen))
+    sets = [chosen_at_random(present, size, number, seed) for number in numbers]
+    predicted = [torch.where(chosen, worth, 0).sum(1) for chosen in sets]
+    observed = effects(sets)
     impossible = (size < 1) | (size >= present.sum(1))
     return correlation(
         torch.stack(predicted, 1),
-        torch.stack(observed, 1),
+        torch.stack(list(observed), 1),
         (impossible, "there is only one set of this size: fewer features must be taken than there are"),
     )
 

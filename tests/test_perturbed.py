@@ -1,0 +1,230 @@
+"""Many perturbed inputs at once: the same scores in any batch, each window no more often than needed."""
+
+from __future__ import annotations
+
+import warnings
+
+import captum.attr
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from networks import random_image, small_unet
+from torch import Tensor, nn
+
+from monai_xai import (
+    AttributionError,
+    Blocks,
+    Blur,
+    Box,
+    Constant,
+    DiceScore,
+    Explainer,
+    FeatureAblation,
+    KernelShap,
+    Lime,
+    Occlusion,
+    Predicted,
+    RegionScore,
+    Rise,
+    ShapleyValues,
+    ShapleyValueSampling,
+    UnsupportedNetworkError,
+)
+from monai_xai.memory import LiveTensors
+from monai_xai.perturbed import OutOfMemoryWarning
+
+INFERER = SlidingWindowInferer((16, 16), sw_batch_size=1, overlap=0.5)
+REGION = RegionScore(1, Box((3, 5), (9, 14)))
+BLOCKS = Blocks(8)
+METHODS = {
+    "Occlusion": Occlusion((2, 8, 8), (2, 4, 4), Blur()),
+    "FeatureAblation": FeatureAblation(BLOCKS),
+    "ShapleyValueSampling": ShapleyValueSampling(BLOCKS, n_samples=6),
+    "ShapleyValues": ShapleyValues(Blocks((16, 12))),
+    "KernelShap": KernelShap(BLOCKS, n_samples=40),
+    "Lime": Lime(BLOCKS, n_samples=40),
+    "Rise": Rise(n_samples=20, cells=4),
+}
+
+
+class Rows(nn.Module):
+    """Counts the samples of every batch that goes through a network, outside of what is restored afterwards."""
+
+    def __init__(self, network: nn.Module, batches: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.note = batches.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(len(x))
+        return self.network(x)
+
+
+def explain(attributor, network, x, target=REGION, inferer=INFERER, **options):
+    return Explainer(target, attributor, inferer, progress=False, **options)(network, x)
+
+
+def memory_of_one(network, part):
+    with torch.no_grad(), LiveTensors() as live:
+        network(part.clone())
+    return (live.peak + part.nbytes) / 2**30
+
+
+@pytest.mark.parametrize("inferer", [INFERER, None], ids=["windows", "whole"])
+@pytest.mark.parametrize("method", METHODS)
+def test_results_do_not_depend_on_the_size_of_batches(method, inferer):
+    network, x = Rows(small_unet(), batches := []), random_image(1, 2, 32, 24)
+    least = memory_of_one(network, x) * 1.5
+    one = explain(METHODS[method], network, x, inferer=inferer, memory_gib=least)
+    assert max(batches) <= 1 + (inferer is not None) * 4
+    many = explain(METHODS[method], network, x, inferer=inferer, memory_gib=1.0)
+    assert max(batches) > 5
+    torch.testing.assert_close(one.attributions["image"], many.attributions["image"], rtol=0, atol=1e-12)
+    assert one.facts["passes"] <= many.facts["passes"]
+
+
+@pytest.mark.parametrize("method", ["Occlusion", "FeatureAblation", "ShapleyValues"])
+def test_equal_to_captum_over_the_whole_prediction(method):
+    network, x = small_unet(), random_image(1, 2, 32, 24)
+    start = Blur().draws(x)[0]
+    ours = explain(METHODS[method], network, x)
+
+    def score(inputs):
+        return INFERER(inputs, network)[:, 1, 3:9, 5:14].mean((1, 2))
+
+    reference = getattr(captum.attr, method)(score)
+    options = {"sliding_window_shapes": (2, 8, 8), "strides": (2, 4, 4)} if method == "Occlusion" else {}
+    if method != "Occlusion":
+        options["feature_mask"] = METHODS[method].features.mask(x, "image")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = reference.attribute(x, baselines=start, **options)
+    torch.testing.assert_close(ours.attributions["image"], expected.double(), rtol=0, atol=1e-6)
+
+
+def test_only_windows_that_see_piece_and_region_are_computed():
+    network, x = Rows(small_unet(), batches := []), random_image(1, 2, 48, 48)
+    found = explain(FeatureAblation(BLOCKS, Constant(0.0)), network, x, RegionScore(1, Box((0, 0), (4, 4))))
+    assert found.facts["active_windows"] == 1
+    # One window: as it is, without each of the four blocks in it, again for the check; and at the baseline.
+    assert sum(batches) == 1 + 4 + 1 + 1
+
+
+@pytest.mark.parametrize("shape", [(40, 32), (12, 64)], ids=["larger", "padded"])
+def test_a_score_that_is_not_linear_costs_only_the_windows_that_see_the_piece(shape):
+    network, x = Rows(small_unet(), batches := []), random_image(2, 2, *shape)
+
+    def probability(output):
+        return output.softmax(1)[:, 1].mean((1, 2))
+
+    inferer = SlidingWindowInferer(
+        (16, 16), sw_batch_size=1, overlap=0.5, mode="gaussian", padding_mode="reflect"
+    )
+    found = explain(FeatureAblation(BLOCKS), network, x, probability, inferer)
+    start, mask = Blur().draws(x)[0], BLOCKS.mask(x, "image")
+    clean = probability(inferer(x, network))
+    spent = sum(batches)
+    for number in mask.unique().tolist():
+        without = probability(inferer(torch.where(mask == number, start, x), network))
+        place = (mask == number).expand_as(x)
+        torch.testing.assert_close(
+            found.attributions["image"][place].reshape(2, -1)[:, 0], clean - without, rtol=0, atol=1e-12
+        )
+    assert spent < (sum(batches) - spent) * 0.7
+
+
+def test_dice_is_updated_in_place():
+    network, x = small_unet(), random_image(1, 2, 32, 32)
+    found = explain(FeatureAblation(BLOCKS), network, x, DiceScore(1, Predicted()))
+    start, mask = Blur().draws(x)[0], BLOCKS.mask(x, "image")
+    frozen = INFERER(x, network).argmax(1) == 1
+    for number in mask.unique().tolist():
+        now = INFERER(torch.where(mask == number, start, x), network).argmax(1) == 1
+        dice = 2 * (now & frozen).sum() / (now.sum() + frozen.sum())
+        value = found.attributions["image"][(mask == number).expand_as(x)][0]
+        assert float(value) == pytest.approx(1 - float(dice), abs=1e-12)
+
+
+def test_a_network_whose_samples_influence_each_other_gets_one_at_a_time():
+    class Centered(nn.Module):
+        def forward(self, x):
+            return (x - x.mean(0, keepdim=True) * (len(x) > 1)).sum(1, keepdim=True).repeat(1, 2, 1, 1)
+
+    x = random_image(1, 2, 16, 16)
+    found = explain(
+        FeatureAblation(BLOCKS, Constant(0.0)), Centered(), x, RegionScore(1, Box((0, 0), (16, 16))), None
+    )
+    blocks = x.sum(1).reshape(2, 8, 2, 8).sum((1, 3)) / 256
+    torch.testing.assert_close(found.attributions["image"][0, 0, ::8, ::8], blocks)
+
+
+def test_a_network_that_remembers_is_refused():
+    class Remembers(nn.Module):
+        calls = 0.0
+
+        def forward(self, x):
+            self.calls = self.calls + 1.0
+            return x * self.calls
+
+    with pytest.raises(UnsupportedNetworkError, match="keeps something from call to call"):
+        explain(FeatureAblation(BLOCKS), Remembers(), random_image(1, 2, 16, 16), inferer=None)
+
+
+def test_memory_that_does_not_hold_one_part_is_refused_with_what_is_needed():
+    network, x = small_unet(), random_image(1, 2, 32, 32)
+    needed = memory_of_one(network, x)
+    with pytest.raises(AttributionError, match=r"memory_gib=1e-06 .*Allow that much"):
+        explain(FeatureAblation(BLOCKS), network, x, inferer=None, memory_gib=1e-6)
+    explain(FeatureAblation(BLOCKS), network, x, inferer=None, memory_gib=needed * 1.05)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(error):
+    class Small(Rows):
+        def forward(self, x):
+            if len(x) > 3:
+                raise error
+            return super().forward(x)
+
+    network, x = small_unet(), random_image(1, 2, 32, 32)
+    with pytest.warns(OutOfMemoryWarning, match="going on with"):
+        found = explain(FeatureAblation(BLOCKS), Small(network, []), x, inferer=None, memory_gib=1.0)
+    expected = explain(FeatureAblation(BLOCKS), network, x, inferer=None)
+    torch.testing.assert_close(
+        found.attributions["image"], expected.attributions["image"], rtol=0, atol=1e-12
+    )
+
+
+def test_other_errors_are_not_taken_for_memory():
+    class Broken(nn.Module):
+        def forward(self, x):
+            if len(x) > 1:
+                raise RuntimeError("something else")
+            return x
+
+    with pytest.raises(AttributionError, match="something else"):
+        explain(FeatureAblation(BLOCKS), Broken(), random_image(1, 2, 16, 16), inferer=None)
+
+
+def test_sampled_values_over_windows_lie_within_their_standard_error():
+    network, x = small_unet(), random_image(1, 2, 40, 40)
+    exact = explain(ShapleyValueSampling(Blocks(10), n_samples=4000), network, x)
+    assert exact.facts["standard_error"] == 0  # every window sees few of the 16 blocks
+    drawn = explain(ShapleyValueSampling(Blocks(4), n_samples=60, seed=1), network, x)
+    longer = explain(ShapleyValueSampling(Blocks(4), n_samples=600, seed=2), network, x)
+    se = drawn.facts["standard_error"]
+    assert 0 < longer.facts["standard_error"] < se / 2
+    off = (drawn.attributions["image"] - longer.attributions["image"]).abs().max()
+    assert float(off) < 4 * se
+    assert abs(drawn.facts["residual"]) < 1e-12
+
+
+def test_drawing_ends_at_the_tolerance():
+    network, x = small_unet(), random_image(1, 2, 40, 40)
+    loose = explain(ShapleyValueSampling(Blocks(4), n_samples=400, tolerance=0.2), network, x)
+    tight = explain(ShapleyValueSampling(Blocks(4), n_samples=400, tolerance=0.002), network, x)
+    assert loose.facts["passes"] < tight.facts["passes"]
+    change = abs(float(tight.score - tight.baseline_score))
+    assert loose.facts["standard_error"] <= 0.2 * change
