@@ -12,10 +12,12 @@ import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
 from scipy import ndimage
+from scipy.stats import bootstrap
 from torch import nn
 
 from monai_xai import (
     Blocks,
+    Blur,
     ClassScore,
     Constant,
     Explainer,
@@ -35,6 +37,7 @@ from monai_xai.grounding.of_finding import reached
 from monai_xai.grounding.places import BODY as BODY_REST
 from monai_xai.grounding.places import FINDING, OUTSIDE, shares_of_places
 from monai_xai.grounding.procedure import ORDER, decide
+from monai_xai.metrics import deletion_curve, insertion_curve
 
 SIZE, N = 24, 8
 SETTINGS = GroundingSettings.quick(min_cases=N, steps=5, n_disturbed=6, n_draws=999, n_cascade=0)
@@ -169,12 +172,36 @@ def test_what_a_page_shows_is_there(grounded):
     assert case.prediction is None
     assert case.spacing == (1.0, 1.0)
     assert case.values["T7"] == grounded.test("T7").per_case["case0"]
-    assert {"deletion, mean: map", "deletion, blur: map shifted", "cascade: pearson"} <= names
+    assert {
+        "deletion, imputed by mean: map", "insertion, imputed by blur: map shifted", "cascade: pearson"
+    } <= names  # fmt: skip
     for curve in grounded.curves.values():
         assert len(curve["x"]) == len(curve["y"])
-    fall = grounded.curves["deletion, mean: map"]["y"]
+    fall = grounded.curves["deletion, imputed by mean: map"]["y"]
     assert fall[0] == 0
     assert fall[-1] < -0.5 * np.mean([c.score - c.baseline_score for c in grounded.cases])
+
+
+def test_curves_are_means_over_cases_with_bootstrap_bands(grounded):
+    explainer = replace(Explainer(ClassScore(1), COMPLETE["attributor"], progress=False))
+    settings = COMPLETE["settings"]
+    rows = {deletion_curve: [], insertion_curve: []}
+    for case in CASES:
+        e = gather(explainer, USES_LESION[0], case, REGIONS[case.id], BODY)
+        for follow, found in rows.items():
+            curve = follow(
+                e.explainer, USES_LESION[0], e.inputs, explanation=e.maps, features=e.blocks(settings), imputer=Blur(),
+                steps=settings.steps, until=e.until(settings),
+            )  # fmt: skip
+            found.append(curve.raw[0] - (curve.clean if follow is deletion_curve else curve.emptied))
+    for kind, found in (("deletion", rows[deletion_curve]), ("insertion", rows[insertion_curve])):
+        curve = grounded.curves[f"{kind}, imputed by blur: map"]
+        values = torch.stack(found).detach().numpy()
+        np.testing.assert_allclose(curve["y"], values.mean(0), atol=1e-4)
+        options = {"method": "percentile", "n_resamples": 9999, "random_state": np.random.default_rng(1)}
+        band = bootstrap((values,), np.mean, axis=0, **options).confidence_interval
+        np.testing.assert_allclose(curve["low"], band.low, atol=0.05 * np.ptp(values))
+        np.testing.assert_allclose(curve["high"], band.high, atol=0.05 * np.ptp(values))
 
 
 def test_p_values_are_corrected_within_their_gate(grounded):

@@ -390,6 +390,7 @@ def test_old_file_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"report\.html is not written .*No space left.*free disk space"):
         write_report(grounding(cases=(), tests=()), file)
     assert file.read_bytes() == b"old"
@@ -457,7 +458,7 @@ def test_white_paper_keeps_anatomy_and_turns_the_rest() -> None:
     assert turned[middle].tolist() == dark[middle].tolist()
 
 
-def test_words_of_the_legend_are_turned_as_a_whole() -> None:
+def test_the_legend_is_on_white_paper() -> None:
     case = a_case("a", region=None)
     figure = figure_of_case(
         grounding(tests=(), cases=(case,)), case
@@ -466,10 +467,11 @@ def test_words_of_the_legend_are_turned_as_a_whole() -> None:
     assert [len(axes.lines) for axes in chips] == [1, 0]
     pixels = rasterize_on_white(figure, keep_pictures=True)
     height, width = pixels.shape[:2]
-    for axes, is_dark in zip(chips, (True, False), strict=True):
+    for axes in chips:
         left, bottom, wide, tall = axes.get_position().bounds
-        middle = pixels[round((1 - bottom - tall / 2) * height) - 8, round((left + wide) * width) - 2]
-        assert (middle.max() < 60) == is_dark
+        assert (
+            pixels[round((1 - bottom - tall / 2) * height) - 8, round((left + wide) * width) - 2] > 195
+        ).all()
 
 
 def test_voxel_size_stretches_a_picture_without_an_affine() -> None:

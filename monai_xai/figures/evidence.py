@@ -130,7 +130,7 @@ def draw_curves(lines: Mapping[str, Line], *, title: str = "", x_name: str = "",
         look: dict[str, Any] = {"color": color, "linestyle": style, "linewidth": 1.3 if number else 2.2}
         axes.plot(line.x, line.y, marker=".", markersize=3, **look)
         if len(line.low) and len(line.high):
-            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.4, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.25, linewidth=0)
         beside = top + CURVES_HEIGHT + AXIS + LINE * number
         sheet.text(LEFT, beside, "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * 2, color=color)
         sheet.text(LEFT + 0.35, beside, textwrap.shorten(name, 70, placeholder="…"))
@@ -174,7 +174,7 @@ def rasterize_on_white(figure: Figure, *, keep_pictures: bool = False) -> NDArra
     turned = _turn(pixels)
     if keep_pictures:
         height, width = pixels.shape[:2]
-        for axes in (axes for axes in figure.axes if axes.images or axes.lines):  # others hold words at most
+        for axes in (axes for axes in figure.axes if axes.images):  # others are words and legends
             left, bottom, wide, tall = axes.get_position().bounds
             rows = slice(max(0, round((1 - bottom - tall) * height)), round((1 - bottom) * height))
             columns = slice(max(0, round(left * width)), round((left + wide) * width))

@@ -105,7 +105,7 @@ def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> Grou
     test = replace(draft.test, p_corrected=corrected)
     status = draft.settled or _status(test, settings)
     message = test.message or (draft.found if status == "PASS" else draft.missed)
-    if status == "INCONCLUSIVE" and not test.message:
+    if status == "INCONCLUSIVE" and not test.message and not draft.settled:
         message = f"Not decided by {test.n} cases (p = {corrected:.2g})."
         message += f" Not excluded: {draft.missed}" if draft.missed else ""
     return replace(test, status=status, message=message)

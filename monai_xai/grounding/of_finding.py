@@ -192,13 +192,17 @@ def judge_necessity(cohort: Cohort, network: nn.Module) -> Draft:
         return Draft(test, missed=why, supply="masks that leave room in the body", settled="INCONCLUSIVE")
     facts = (
         f"Removing the finding moves the score by {test.value:.3g} more than removing the same volume elsewhere; the "
-        f"finding alone gives back {mean_of_known(sufficient):.0%} of the score. {_concordance(per_case, cases)}"
+        f"finding alone gives back {_percent(mean_of_known(sufficient))} of the score. {_concordance(per_case, cases)}"
     )
     missed = (
         "Removing the finding changes the prediction no more than removing the same volume elsewhere: the model does "
         "not use the marked finding."
     )
     return Draft(test, facts, f"{missed} {facts}")
+
+
+def _percent(share: float) -> str:
+    return "n/a" if math.isnan(share) else f"{share:.0%}"
 
 
 def _does_not_lie(e: Evidence, inside: float) -> str:
@@ -239,7 +243,7 @@ def judge_shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
     sentence = (
         "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
     )
-    sentence += " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())
+    sentence = (sentence + " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())).strip()
     too_much = counts and share > settings.outside
     certain = not test.interval[0] <= settings.outside
     if found:
@@ -358,8 +362,9 @@ def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
     table = [row for row in rows.values() if len(row) == width and not any(map(math.isnan, row))]
     value = icc21(table) if len(table) >= 2 and width >= 2 else math.nan
     if math.isnan(value):
-        why = "Not decided: it takes two cases with masks whose maps vary."
-        return unavailable("T12", T12, "Q2", why, supply=REGIONS, status="INCONCLUSIVE")
+        why = "Not decided: it takes two cases with masks whose maps vary there."
+        supply = "" if rows else REGIONS
+        return unavailable("T12", T12, "Q2", why, supply=supply, status="INCONCLUSIVE")
     settings = cohort.settings
     draws = [icc21([table[i] for i in chosen]) for chosen in _resampled(len(table), settings.seed)]
     known = [draw for draw in draws if not math.isnan(draw)]

@@ -25,7 +25,7 @@ from monai_xai.grounding.evidence import (
     shifted_maps,
 )
 from monai_xai.grounding.words import GroundingSettings
-from monai_xai.metrics.faithfulness import deletion_curve, fidelity
+from monai_xai.metrics.faithfulness import deletion_curve, fidelity, insertion_curve
 from monai_xai.metrics.perturbations import RandomRemoval, usual_imputer
 from monai_xai.metrics.randomization import cascading_randomization, random_logit, randomize
 from monai_xai.statistics import signed_rank_test
@@ -35,6 +35,7 @@ T1, T2 = "Contributions add up", "The map changes with random weights, and not w
 T3, T4 = "The map changes with permuted labels", "Another class has another map"
 T5, T6 = "Removing what is highlighted matters", "The map predicts effects and survives another acquisition"
 _AT_LEAST = 0.5  # of the cases must meet a precondition
+_FEWEST_FOR_BANDS = 5
 
 
 def judge_preconditions(cohort: Cohort) -> list[Draft]:
@@ -196,19 +197,26 @@ def _not_the_same(
 
 
 def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
-    """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer."""
+    """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer.
+
+    Insertion is drawn beside it, and decides nothing.
+    """
     settings, gains, p_values, said = cohort.settings, {}, {}, []
     falls: dict[str, dict[str, Falls]] = {name: {} for name in settings.imputers}
+    rises: dict[str, dict[str, Falls]] = {name: {} for name in settings.imputers}
     for e in cohort.cases:
         orders = _orders(e, settings)
         for name in settings.imputers:
-            falls[name][e.id] = _falls(e, network, settings, name, orders)
+            falls[name][e.id] = _changes(e, network, settings, name, orders)
+            rises[name][e.id] = _changes(e, network, settings, name, orders, inserts=True)
     for name, found_in in falls.items():
         areas = {case: {order: float(y.mean()) for order, y in ys.items()} for case, ys in found_in.items()}
         gains[name] = {case: area["map"] - area["map shifted"] for case, area in areas.items()}
         p_values[name] = signed_rank_test(list(gains[name].values()))
         said.append(_against_controls(name, areas))
-        cohort.curves |= _mean_curves(name, list(found_in.values()), settings)
+        lost = [{order: -fall for order, fall in found.items()} for found in found_in.values()]
+        cohort.curves |= _mean_curves(f"deletion, imputed by {name}", lost, settings)
+        cohort.curves |= _mean_curves(f"insertion, imputed by {name}", list(rises[name].values()), settings)
     scale = _scale(cohort)
     per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
@@ -231,7 +239,7 @@ def _scale(cohort: Cohort) -> float:
 
 
 Falls = Mapping[str, np.ndarray]
-"""How far the score has fallen along the deletion curve, shape (steps,), by what gave the order."""
+"""How far the score has fallen along the deletion curve (or risen along insertion), shape (steps,), by the order."""
 
 
 def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
@@ -242,32 +250,50 @@ def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
     return orders + [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
 
 
-def _falls(
+def _changes(
     e: Evidence,
     network: nn.Module,
     settings: GroundingSettings,
     imputer: str,
     orders: Sequence[tuple[str, Maps]],
+    *,
+    inserts: bool = False,
 ) -> Falls:
-    falls: dict[str, list[np.ndarray]] = {}
+    """Return how far the score falls as features go, or rises as they come back."""
+    changes: dict[str, list[np.ndarray]] = {}
     for name, maps in orders:
-        curve = deletion_curve(
+        follow = insertion_curve if inserts else deletion_curve
+        curve = follow(
             e.explainer, network, e.inputs, explanation=maps, features=e.blocks(settings),
             imputer=e.imputer(settings.imputers[imputer]), steps=settings.steps, until=e.until(settings),
             seed=settings.seed,
         )  # fmt: skip
-        fall = (curve.clean[:, None] - curve.raw)[0]
-        falls.setdefault(name, []).append((fall.abs() if e.is_unsigned else fall).double().cpu().numpy())
-    return {name: np.mean(found, axis=0) for name, found in falls.items()}
+        change = (curve.raw - curve.emptied[:, None] if inserts else curve.clean[:, None] - curve.raw)[0]
+        changes.setdefault(name, []).append(
+            (change.abs() if e.is_unsigned else change).double().cpu().numpy()
+        )
+    return {name: np.mean(found, axis=0) for name, found in changes.items()}
 
 
 def _mean_curves(
-    imputer: str, cases: Sequence[Falls], settings: GroundingSettings
+    group: str, cases: Sequence[Falls], settings: GroundingSettings
 ) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Return the curves of the page: the mean change of the score over cases."""
+    """Return the curves of the page: means over cases, from 5 cases on with 95 % bootstrap bands."""
     x = tuple(np.linspace(0, settings.until, settings.steps).tolist())
-    means = {name: np.mean([case[name] for case in cases], axis=0) for name in cases[0]}
-    return {f"deletion, {imputer}: {name}": {"x": x, "y": tuple((-y).tolist())} for name, y in means.items()}
+    curves = {}
+    for name in cases[0]:
+        rows = np.stack([case[name] for case in cases])
+        curves[f"{group}: {name}"] = {"x": x, "y": tuple(rows.mean(0).tolist()), **_band(rows, settings.seed)}
+    return curves
+
+
+def _band(rows: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:
+    """Return the 95 % percentile bootstrap interval of a mean over cases, point by point, rows of shape (cases, S)."""
+    if len(rows) < _FEWEST_FOR_BANDS:
+        return {}
+    chosen = np.random.default_rng(seed).integers(0, len(rows), size=(1000, len(rows)))
+    low, high = np.quantile(rows[chosen].mean(1), [0.025, 0.975], axis=0)
+    return {"low": tuple(low.tolist()), "high": tuple(high.tolist())}
 
 
 def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) -> str:

@@ -197,8 +197,9 @@ class Grounding:
         tests: every test in the order of the procedure, also those that could not be done.
         missing: what to supply so that the open tests can be done.
         cases: what a page shows of each case.
-        curves: by name ("deletion: map", "deletion: map shifted", "cascade: pearson", ...) a mapping of
-            "x" and "y" to lists of equal length, means over cases.
+        curves: by name ("deletion, imputed by blur: map", "insertion, imputed by blur: map shifted",
+            "cascade: pearson", ...) a mapping of "x" and "y" to lists of equal length, means over cases; from 5 cases
+            on with "low" and "high", 95 % bootstrap bands.
         configuration: thresholds, seeds, versions, method, target.
         places: which share of the positive map lies where, the mean over cases: in the finding, in named structures, in
             the rest of the body, outside of it.

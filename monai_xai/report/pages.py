@@ -214,7 +214,7 @@ def _map(grounding: Grounding, case: GroundedCase) -> Html:
     )
     words = joined(
         element("strong", warning),
-        "Red raises the score, blue lowers it, clear does nothing. Dashed white: the marked finding",
+        "Red raises the score, blue lowers it, clear does nothing. Dashed: the marked finding",
         "" if case.region is not None else " (none was given)",
         ". Green: the prediction",
         "" if case.prediction is not None else " (the network predicts no outline)",
@@ -267,6 +267,9 @@ def _supplies(grounding: Grounding) -> Iterator[Html]:
 
 
 def _test(test: GroundingTest) -> Html:
+    head = element("h4", f"{test.id} {test.title} ", _chip(test.status))
+    if not test.n:
+        return element("div", head, element("p", test.message), class_="test")
     facts = [
         ("value", number(test.value, 4)),
         ("95 % interval", span(test.interval)),
@@ -279,7 +282,6 @@ def _test(test: GroundingTest) -> Html:
     lines = [part for name, words in facts for part in (element("dt", name), element("dd", words))]
     figure = figure_of_test(test)
     plot = "" if figure is None else _plot(figure, f"{test.id}: the value and what chance gives", "")
-    head = element("h4", f"{test.id} {test.title} ", _chip(test.status))
     return element(
         "div", head, element("div", element("dl", *lines), element("p", test.message)), plot, class_="test"
     )
@@ -294,7 +296,11 @@ def _curves(grounding: Grounding) -> list[Any]:
     plots = [
         _plot(figure_of_curves(grounding, group), f"Curves: {group}", "") for group in curve_groups(grounding)
     ]
-    return [element("h3", "Curves"), element("div", *plots, class_="plots")] if plots else []
+    words = "Means over cases."
+    if any("low" in curve for curve in grounding.curves.values()):
+        words += " Bands: 95 % bootstrap intervals of the mean, point by point."
+    about = element("p", words, class_="faint")
+    return [element("h3", "Curves"), about, element("div", *plots, class_="plots")] if plots else []
 
 
 def _case_table(grounding: Grounding) -> Html:

@@ -30,7 +30,7 @@ VERDICTS = (
 _OF_ANOTHER_KIND = ("T11", "T12")  # a difference of groups, a correlation: no mean of what cases have
 _AXES = {
     "deletion": ("share of the body taken away", "change of the score"),
-    "insertion": ("share of the body put back", "change of the score"),
+    "insertion": ("share of the body put back", "gain of the score"),
     "cascade": ("layers drawn anew", "similarity to the map"),
 }
 
