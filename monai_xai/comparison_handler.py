@@ -18,6 +18,7 @@ from monai.handlers import TensorBoardHandler
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from monai_xai.attributors import Attributor
 from monai_xai.comparison import Comparison, ComparisonRow, Criterion, compare
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
@@ -26,6 +27,7 @@ from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device
 from monai_xai.handlers import AttributionEvents, register_events
 from monai_xai.report.markup import plain_words
 from monai_xai.report.names import Disguise, new_salt
+from monai_xai.tasks import TargetLike
 from monai_xai.tensorboard import clean_tag, image_summary
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,9 @@ class ComparisonHandler:
     Nothing else in the loop changes; what fails is logged, with its place, and counted in ``failures``.
 
     Args:
-        explainers: the methods by name, two or more, which should ask the same target. One without inferer takes the
-            engine's.
+        explainers: the methods by name, two or more: explainers, which should ask the same target, or attributors. One
+            without inferer takes the engine's.
+        target: what attributors are asked about.
         every_n_epochs: how often; 1 is every epoch.
         cases: how many cases of the epoch at most; intervals need 5.
         region: where the evidence should be, see :class:`~monai_xai.GroundingHandler`; None: location is not judged.
@@ -65,8 +68,9 @@ class ComparisonHandler:
 
     def __init__(
         self,
-        explainers: Mapping[str, Explainer],
+        explainers: Mapping[str, Explainer | Attributor],
         *,
+        target: TargetLike | None = None,
         every_n_epochs: int = 1,
         cases: int = 20,
         region: Masks | None = None,
@@ -86,7 +90,7 @@ class ComparisonHandler:
             raise InputError(f"ComparisonHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
         if not isinstance(explainers, Mapping) or len(explainers) < 2:
             raise InputError("ComparisonHandler needs a mapping of names to two explainers or more.")
-        self.explainers = dict(explainers)
+        self.explainers = {name: _as_explainer(name, method, target) for name, method in explainers.items()}
         self.criteria = criteria
         self.output_dir = output_dir
         self.network = network
@@ -157,6 +161,17 @@ class ComparisonHandler:
         logger.warning(
             "%s: comparison, %s (failure %d): %s", what, where, self.failures, error, exc_info=error
         )
+
+
+def _as_explainer(name: str, method: Explainer | Attributor, target: TargetLike | None) -> Explainer:
+    if isinstance(method, Explainer):
+        return method
+    if not isinstance(method, Attributor) or target is None:
+        raise InputError(
+            f"ComparisonHandler needs an Explainer for {name!r}, or an attributor and target=..., got {method!r} and "
+            f"target={target!r}."
+        )
+    return Explainer(target, method, progress=False)
 
 
 class TensorBoardComparisonHandler(TensorBoardHandler):

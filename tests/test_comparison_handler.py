@@ -153,6 +153,15 @@ def test_plots_show_the_numbers(run: tuple[Path, Comparison]) -> None:
     assert any(bar == pytest.approx([row.rank_low, row.rank_high]) for bar in bars)
 
 
+def test_attributors_are_asked_about_the_target(run: tuple[Path, Comparison]) -> None:
+    methods = {name: explainer.attributor for name, explainer in METHODS.items()}
+    options = {"criteria": CHEAP, "on_error": "raise", "progress": False, "region": "label"}
+    engine = evaluator([ComparisonHandler(methods, target=RegionScore(1), **options)])
+    engine.run()
+    for name in CHEAP:
+        np.testing.assert_array_equal(engine.state.comparison.values[name], run[1].values[name])
+
+
 def test_cases_without_a_mask_are_not_judged_by_location() -> None:
     engine = evaluator([small(region=None)])
     engine.run()
@@ -212,8 +221,13 @@ def test_what_fails_does_not_end_the_loop(tmp_path: Path, caplog: pytest.LogCapt
         (METHODS, {"every_n_epochs": 0}, "1 or more"),
         (METHODS, {"on_error": "ignore"}, "choose 'log'"),
         ({"gradient": METHODS["gradient"]}, {}, "two explainers or more"),
+        (
+            {"gradient": Saliency(), "edges": EdgeControl()},
+            {},
+            "Explainer for 'gradient', or an attributor and target",
+        ),
     ],
-    ids=["epochs", "on_error", "one method"],
+    ids=["epochs", "on_error", "one method", "no target"],
 )
 def test_settings_that_make_no_sense(methods: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
+from monai_xai.grids import affine_of
 from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
 from monai_xai.grounding.evidence import Evidence, gather, mean_of_known
@@ -268,6 +269,7 @@ def _shown(e: Evidence) -> GroundedCase:
         e.score,
         e.baseline_score,
         dict(e.per_case),
+        affine_of(image),
     )
 
 

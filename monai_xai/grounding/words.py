@@ -174,6 +174,7 @@ class GroundedCase:
         score: what was explained.
         baseline_score: the score at the attributor's baseline; NaN if it has none.
         values: this case's value by id of the test.
+        affine: voxels of the image to millimeters (RAS), shape (4, 4) or (3, 3); None where nothing is known.
     """
 
     id: str
@@ -185,6 +186,7 @@ class GroundedCase:
     score: float
     baseline_score: float
     values: Mapping[str, float]
+    affine: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

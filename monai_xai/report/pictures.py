@@ -126,6 +126,7 @@ def scene_of_case(case: GroundedCase) -> Scene:
         prediction=case.prediction,
         label=case.region,
         spacing=tuple(case.spacing) or None,
+        affine=case.affine,
     )
 
 
