@@ -57,8 +57,10 @@ from monai_xai.comparison import Comparison, Criterion, EdgeControl, NoiseContro
 from monai_xai.comparison_handler import ComparisonHandler, TensorBoardComparisonHandler
 from monai_xai.errors import (
     AttributionError,
+    CasesFailedError,
     EmptyRegionError,
     InputError,
+    SettingsChangedError,
     UnsupportedInfererError,
     UnsupportedNetworkError,
     XaiError,
@@ -88,6 +90,7 @@ from monai_xai.metrics import (
 from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_projection, perceptual_score
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
 from monai_xai.report import write_report
+from monai_xai.saver import AttributionSaver
 from monai_xai.tables import ClinicalVariables, Reading, ReferenceRecord, TableSchema, Variable
 from monai_xai.targets import (
     ClassScore,
@@ -116,6 +119,7 @@ __all__ = [
     "AttributionEvents",
     "AttributionHandler",
     "AttributionInferer",
+    "AttributionSaver",
     "Attributor",
     "Auto",
     "Baseline",
@@ -124,6 +128,7 @@ __all__ = [
     "BlurIntegratedGradients",
     "Box",
     "BoxRule",
+    "CasesFailedError",
     "ChannelMinimum",
     "Channels",
     "ClassScore",
@@ -216,6 +221,7 @@ __all__ = [
     "Samples",
     "ScoreCam",
     "SegXResCam",
+    "SettingsChangedError",
     "SeveredGradientWarning",
     "ShapleyValueSampling",
     "ShapleyValues",

@@ -27,11 +27,13 @@ class Batch:
         engine: whose batch it is; inputs and label are read from it when they are asked for.
         first: index in the epoch of the first row.
         case_key: where the batch holds case names.
+        places: index in the data set of each row, where rows do not come in that order.
     """
 
     engine: Engine
     first: int
     case_key: str
+    places: Sequence[int] | None = None
 
     @cached_property
     def size(self) -> int:
@@ -44,6 +46,10 @@ class Batch:
         elif image is None:
             image = batch[0]
         return len(_first_tensor(image))
+
+    def place(self, row: int) -> int:
+        """Return the index of a row in the data set."""
+        return self.first + row if self.places is None else self.places[row]
 
     @property
     def prediction(self) -> Any:
@@ -78,9 +84,9 @@ class Batch:
         if names is None and isinstance(batch, Mapping):
             image = batch.get(CommonKeys.IMAGE)
             files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-            names = None if files is None else [_case_of(file) for file in _as_list(files)]
-        names = [f"case{self.first + i}" for i in range(self.size)] if names is None else _as_list(names)
-        return tuple(str(name.item() if isinstance(name, Tensor) else name) for name in names)
+            names = None if files is None else [case_of(file) for file in _as_list(files)]
+        names = [f"case{self.place(i)}" for i in range(self.size)] if names is None else _as_list(names)
+        return tuple(_as_name(name) for name in names)
 
     @cached_property
     def _fed(self) -> Fed:
@@ -172,12 +178,19 @@ def row_of(value: Any, row: int) -> Any:
     return [row_of(part, row) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _case_of(file: Any) -> str:
+def case_of(file: Any) -> str:
+    """Return the name of the case that a file is of."""
     path = Path(str(file).removesuffix(".gz"))
     is_kind = not any(
         letter.isdigit() for letter in re.sub(r"((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]", "", path.stem)
     )
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
+
+
+def _as_name(value: Any) -> str:
+    """Return a name that can be printed, also of a file whose name is no text."""
+    name = str(value.item() if isinstance(value, Tensor) else value)
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _first_tensor(value: Any) -> Any:

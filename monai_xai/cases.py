@@ -28,8 +28,15 @@ class Cases(ABC):
         return ""
 
     @abstractmethod
-    def due(self, first: int, batch: Batch) -> tuple[int, ...]:
-        """Return the rows of a batch that are to be explained; ``first`` is the index in the epoch of its first row."""
+    def due(self, batch: Batch) -> tuple[int, ...]:
+        """Return the rows of a batch that are to be explained."""
+
+
+class AllCases(Cases):
+    """Every case."""
+
+    def due(self, batch: Batch) -> tuple[int, ...]:
+        return tuple(range(batch.size))
 
 
 class FirstCases(Cases):
@@ -38,8 +45,8 @@ class FirstCases(Cases):
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def due(self, first: int, batch: Batch) -> tuple[int, ...]:
-        return tuple(range(min(batch.size, max(self.n - first, 0))))
+    def due(self, batch: Batch) -> tuple[int, ...]:
+        return tuple(row for row in range(batch.size) if batch.place(row) < self.n)
 
 
 class ChosenCases(Cases):
@@ -55,12 +62,12 @@ class ChosenCases(Cases):
         self._came.clear()
         self._names.clear()
 
-    def due(self, first: int, batch: Batch) -> tuple[int, ...]:
+    def due(self, batch: Batch) -> tuple[int, ...]:
         names = batch.names if self._by_name else ("",) * batch.size
         self._names += names
         rows = []
         for row, name in enumerate(names):
-            found = self.chosen & {first + row, name}
+            found = self.chosen & {batch.place(row), name}
             self._came |= found
             rows += [row] if found else []
         return tuple(rows)
@@ -104,7 +111,7 @@ class WorstCases(Cases):
     def start_epoch(self) -> None:
         self._worst.clear()
 
-    def due(self, first: int, batch: Batch) -> tuple[int, ...]:
+    def due(self, batch: Batch) -> tuple[int, ...]:
         prediction, label = pick_head(batch.prediction, self.head), _of_head(batch.label, self.head)
         if not isinstance(label, Tensor):
             raise InputError("WorstCases needs a label in the batch; choose a number of cases or name them.")
@@ -158,10 +165,12 @@ def multilabel_dice(prediction: Tensor, label: Tensor) -> Tensor:
     return torch.as_tensor(dice).nanmean(1)
 
 
-def as_cases(value: Cases | int | str | Sequence[int | str]) -> Cases:
-    """Coerce a number into :class:`FirstCases` and a list of indices or names into :class:`ChosenCases`."""
+def as_cases(value: Cases | int | str | Sequence[int | str] | None) -> Cases:
+    """Coerce a number into :class:`FirstCases`, a list of indices or names into :class:`ChosenCases`, None into all."""
     if isinstance(value, Cases):
         return value
+    if value is None:
+        return AllCases()
     if isinstance(value, int):
         return FirstCases(value)
     if not isinstance(value, str | Iterable):

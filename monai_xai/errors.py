@@ -4,10 +4,12 @@
 
     XaiError
     ├── InputError (ValueError)               what was handed in cannot be explained as it is
-    │   └── EmptyRegionError                  no voxel to explain in one sample
+    │   ├── EmptyRegionError                  no voxel to explain in one sample
+    │   └── SettingsChangedError              a run is to be continued under other settings
     ├── UnsupportedNetworkError (ValueError)  the method is not defined on this network
     ├── UnsupportedInfererError (ValueError)  a setting of the inferer has no exact attribution
     └── AttributionError (RuntimeError)       the method failed while it ran
+        └── CasesFailedError                  cases of a run are not explained; the others are complete
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ class EmptyRegionError(InputError):
     """The region holds no voxel in one of the samples; names the sample."""
 
 
+class SettingsChangedError(InputError):
+    """A run is to be continued under other settings than it was begun with; names them."""
+
+
 class UnsupportedNetworkError(XaiError, ValueError):
     """The method is not defined on this network; names the modules that stand in the way."""
 
@@ -35,3 +41,7 @@ class UnsupportedInfererError(XaiError, ValueError):
 
 class AttributionError(XaiError, RuntimeError):
     """The method failed while it ran; names method, window and shape, and keeps the cause."""
+
+
+class CasesFailedError(AttributionError):
+    """Cases of a run are not explained, all others are; names each with its cause."""

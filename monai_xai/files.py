@@ -1,12 +1,14 @@
-"""Files of text that are written whole or not at all, and what CSV and JSON need."""
+"""Files that are written whole or not at all, with checksums, and what CSV and JSON need."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,72 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+_PARTIAL = ".partial-"
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one.
+    """Write a whole file of UTF-8 or leave the old one; what is no text is escaped.
 
     Raises:
         OSError: if it cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    with writing_whole(path) as partial:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` to write to, and move it there once it is on the disk.
+
+    What a killed process has left of the same file is removed.
+
+    Raises:
+        OSError: if it cannot be written; the old file is left as it was.
+    """
+    _remove_left(path)
+    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> int:
+    """Remove what killed processes have left in a folder and all below, and return how many files it was."""
+    found = [path for path in folder.rglob(f"{_PARTIAL}*") if path.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _remove_left(path: Path) -> None:
+    """Remove temporary files of one target whose process is gone."""
+    for file in path.parent.glob(f"{_PARTIAL}*"):
+        pid, _, name = file.name.removeprefix(_PARTIAL).partition("-")
+        if name == path.name and pid.isdigit() and not _is_alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine is alive; where that cannot be asked without harm, it counts as alive."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # alive, and of somebody else
+        return True
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,10 @@ class AttributionEvents(EventEnum):
 
     ATTRIBUTION_COMPLETED = "attribution_completed"
     """A case is explained: ``engine.state.explained`` holds an :class:`ExplainedCase`."""
+    ATTRIBUTION_RESTORED = "attribution_restored"
+    """A case was explained in an earlier run that goes on: ``engine.state.explained`` holds its numbers, no images."""
+    EPOCH_EXPLAINED = "epoch_explained"
+    """All cases of a run that an :class:`~monai_xai.AttributionSaver` keeps are explained, and told of."""
     COHORT_COMPLETED = "cohort_completed"
     """An epoch of explained cases is over: ``engine.state.cohorts`` holds cohorts by explainer."""
     GROUNDING_COMPLETED = "grounding_completed"
@@ -69,6 +74,7 @@ class ExplainedCase:
         label: ground truth, if there is one; a tensor, or tensors by head.
         epoch: epoch of the engine; for a MONAI evaluator inside training, the epoch of the training.
         heads: the head that each explanation speaks about, where the network has several.
+        place: index of the case in the data set.
     """
 
     name: str
@@ -78,6 +84,7 @@ class ExplainedCase:
     label: Any
     epoch: int
     heads: Mapping[str, str | int | None] = field(default_factory=dict)
+    place: int = 0
 
     def prediction_of(self, explanation: str) -> Tensor | None:
         """Return the part of the prediction that an explanation speaks about; None if it is no single tensor."""
@@ -92,6 +99,34 @@ class ExplainedCase:
         if isinstance(label, Mapping):
             label = label.get(str(self.heads.get(explanation)))
         return label if isinstance(label, Tensor) else None
+
+
+class CaseKeeper(ABC):
+    """Takes each case from an :class:`AttributionHandler` before those who listen are told of it."""
+
+    hides_names: bool
+    """Whether no message may hold anything that could be the name of a case."""
+
+    @property
+    @abstractmethod
+    def places(self) -> tuple[int, ...]:
+        """Index in the data set of each row of the batch that is being explained."""
+
+    @abstractmethod
+    def name_of(self, case: str) -> str:
+        """Return the name under which a case is to be seen."""
+
+    @abstractmethod
+    def is_finished(self, place: int) -> bool:
+        """Return whether a case was explained in an earlier run."""
+
+    @abstractmethod
+    def keep(self, engine: Engine, explained: ExplainedCase) -> bool:
+        """Take a case, and tell whether those who listen are to be told of it now."""
+
+    @abstractmethod
+    def fail(self, places: Sequence[int], cause: str) -> None:
+        """Take note that the cases at some places are not explained in full."""
 
 
 class AttributionHandler:
@@ -111,7 +146,7 @@ class AttributionHandler:
         explainer: an :class:`~monai_xai.Explainer` or :class:`~monai_xai.ModalityShapley`, or several by name. One
             without inferer takes the engine's.
         cases: which cases of an epoch: a number for the first ones, a list of indices or case names, or
-            :class:`~monai_xai.cases.WorstCases`.
+            :class:`~monai_xai.cases.WorstCases`; None for all.
         interval: explain in every ``interval``-th epoch, or in the epochs of a list.
         network: the network, if the engine has none of its own or another is meant.
         key: where maps go in ``engine.state.output``.
@@ -122,7 +157,7 @@ class AttributionHandler:
     def __init__(
         self,
         explainer: AnyExplainer | Mapping[str, AnyExplainer],
-        cases: Cases | int | Sequence[int | str] = 1,
+        cases: Cases | int | Sequence[int | str] | None = 1,
         *,
         interval: int | Sequence[int] = 1,
         network: torch.nn.Module | None = None,
@@ -145,6 +180,7 @@ class AttributionHandler:
         self.case_key = case_key
         self.on_error = on_error
         self.failures = 0
+        self.keeper: CaseKeeper | None = None
         self._seen = 0
         self._own_maps: set[str] = set()
 
@@ -162,14 +198,15 @@ class AttributionHandler:
         self.cases.start_epoch()
 
     def _end_epoch(self, engine: Engine) -> None:
-        if self._is_due_in(engine.state.epoch) and (missing := self.cases.missing()):
+        if self.keeper is None and self._is_due_in(engine.state.epoch) and (missing := self.cases.missing()):
             logger.warning("AttributionHandler: %s", missing)
 
     def __call__(self, engine: Engine) -> None:
         """Explain the engine's batch if one of its cases is due."""
         if not self._is_due_in(engine.state.epoch):
             return
-        batch = Batch(engine, self._seen, self.case_key)
+        places = None if self.keeper is None else self.keeper.places
+        batch = Batch(engine, self._seen, self.case_key, places)
         self._own_maps.clear()
         for row in self._rows_due(engine, batch):
             self._explain_row(engine, batch, row)
@@ -178,10 +215,13 @@ class AttributionHandler:
         """Return the rows of a batch to be explained; what they need can be read if there are any."""
         try:
             self._seen += batch.size
-            rows = self.cases.due(batch.first, batch)
+            rows = self.cases.due(batch)
+            if self.keeper is not None:
+                rows = tuple(row for row in rows if not self.keeper.is_finished(batch.place(row)))
             return rows if rows and batch.names and batch.inputs else ()
         except Exception as error:
-            self._fail(error, f"epoch {engine.state.epoch}, iteration {engine.state.iteration}")
+            where = f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+            self._fail(error, where, places=batch.places or ())
             return ()
 
     def _is_due_in(self, epoch: int) -> bool:
@@ -189,7 +229,8 @@ class AttributionHandler:
 
     def _explain_row(self, engine: Engine, batch: Batch, row: int) -> None:
         """Explain one row of the batch, put its maps where they belong, and tell those who listen."""
-        name = batch.names[row]
+        name, place = batch.names[row], batch.place(row)
+        name = name if self.keeper is None else self.keeper.name_of(name)
         inputs, label, prediction = (row_of(x, row) for x in (batch.inputs, batch.label, batch.prediction))
         explanations: dict[str, AnyExplanation] = {}
         heads: dict[str, str | int | None] = {}
@@ -201,13 +242,22 @@ class AttributionHandler:
                 own = {_joined(explainer_name, part): explanation for part, explanation in found.items()}
                 self._put(engine, batch, row, own)
             except Exception as error:
-                self._fail(error, where)
+                self._fail(error, where, places=[place])
                 continue
             explanations |= own
             heads |= {_joined(explainer_name, part): _head(explainer, part) for part in found}
         if explanations:
             epoch = engine.state.epoch
-            self._tell(engine, ExplainedCase(name, explanations, inputs, prediction, label, epoch, heads))
+            explained = ExplainedCase(name, explanations, inputs, prediction, label, epoch, heads, place)
+            if self._is_to_be_told(engine, explained):
+                self._tell(engine, explained)
+
+    def _is_to_be_told(self, engine: Engine, explained: ExplainedCase) -> bool:
+        try:
+            return self.keeper is None or self.keeper.keep(engine, explained)
+        except Exception as error:
+            self._fail(error, f"case {explained.name}", "Explained, but not saved", [explained.place])
+            return False
 
     def _tell(self, engine: Engine, explained: ExplainedCase) -> None:
         """Tell those who listen that a case is explained; what fails there takes nothing from it."""
@@ -270,12 +320,18 @@ class AttributionHandler:
             )
         return network
 
-    def _fail(self, error: Exception, where: str, what: str = "Not explained") -> None:
+    def _fail(
+        self, error: Exception, where: str, what: str = "Not explained", places: Sequence[int] = ()
+    ) -> None:
         if self.on_error == "raise":
             raise _placed(error, where) from error
         self.failures += 1
-        trace = None if isinstance(error, XaiError) else error
-        logger.warning("%s: %s (failure %d): %s", what, where, self.failures, error, exc_info=trace)
+        is_hidden = self.keeper is not None and self.keeper.hides_names
+        trace = None if isinstance(error, XaiError) or is_hidden else error
+        words = hidden_words(error) if is_hidden else str(error) or type(error).__name__
+        if self.keeper is not None:
+            self.keeper.fail(places, f"{what}: {where}: {words}")
+        logger.warning("%s: %s (failure %d): %s", what, where, self.failures, words, exc_info=trace)
 
 
 class ModalityCohortHandler:
@@ -300,6 +356,7 @@ class ModalityCohortHandler:
         self.collapse_below = collapse_below
         self.seed = seed
         self._cohorts: dict[str, ModalityCohort] = {}
+        self._places: dict[str, int] = {}
 
     def attach(self, engine: Engine) -> None:
         """Attach to the engine that is explained; a second time does nothing."""
@@ -308,18 +365,29 @@ class ModalityCohortHandler:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self._cohorts.clear())
         engine.add_event_handler(AttributionEvents.ATTRIBUTION_COMPLETED, self._add)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._complete)
+        engine.add_event_handler(AttributionEvents.ATTRIBUTION_RESTORED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._complete_unless_kept)
+        engine.add_event_handler(AttributionEvents.EPOCH_EXPLAINED, self._complete)
 
     def _add(self, engine: Engine) -> None:
         explained: ExplainedCase = engine.state.explained
+        self._places[explained.name] = explained.place
         for name, explanation in explained.explanations.items():
             if isinstance(explanation, ModalityExplanation):
                 cohort = self._cohorts.setdefault(name, ModalityCohort(self.collapse_below, self.seed))
                 cohort.add(explained.name, explanation)
 
+    def _complete_unless_kept(self, engine: Engine) -> None:
+        """Complete the epoch, unless an ``AttributionSaver`` is still to tell of cases."""
+        if not getattr(engine.state, "is_kept", False):
+            self._complete(engine)
+
     def _complete(self, engine: Engine) -> None:
         if not self._cohorts:
             return
+        for cohort in self._cohorts.values():  # in the order of the data, in whatever order they came
+            in_order = sorted(cohort.cases.items(), key=lambda item: self._places[item[0]])
+            cohort.cases = dict(in_order)
         for name, cohort in self._cohorts.items():
             for row in (row for row in cohort.rows() if row.collapsed):
                 logger.warning(
@@ -343,6 +411,13 @@ class ModalityCohortHandler:
                 "The modalities of %s are not written to %s (%s): free disk space or check rights.",
                 name, folder, error.strerror or error,
             )  # fmt: skip
+
+
+def hidden_words(error: Exception) -> str:
+    """Return what may be said of an error where names are not to be seen: of our own all, of others the type alone."""
+    if isinstance(error, XaiError):
+        return str(error)
+    return f"{type(error).__name__} (its words are withheld: they may name the patient)"
 
 
 def _placed(error: Exception, where: str) -> Exception:

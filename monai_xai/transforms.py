@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import torch
-from monai.config import KeysCollection, PathLike
+from monai.config import DtypeLike, KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import FlattenSubKeysd, MapTransform, Transform
 from torch import Tensor, nn
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation, is_place
+from monai_xai.files import writing_whole
 
 logger = logging.getLogger(__name__)
+_PLACE = (
+    *("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
 _CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space")
 
 
@@ -123,6 +129,9 @@ class FlattenAttributionsd(FlattenSubKeysd):
 class AtomicNibabelWriter(NibabelWriter):
     """``NibabelWriter`` that leaves a whole file or none: for ``SaveImaged(writer=AtomicNibabelWriter)``.
 
+    Where the data lie as they did in the file they come from, they keep its place as it was written there: sform and
+    qform with their codes, and units. Elsewhere the codes are those of the file, or 1 where it had none.
+
     ``SaveImaged`` turns every error of a writer into one about writers that are not installed; so that path and cure
     are seen, they are logged as well.
 
@@ -131,12 +140,23 @@ class AtomicNibabelWriter(NibabelWriter):
         InputError: if the affine gives voxels no place in space.
     """
 
+    def __init__(self, output_dtype: DtypeLike = np.float32, **kwargs: Any) -> None:
+        super().__init__(output_dtype=output_dtype, **kwargs)
+        self._header: Mapping[Any, Any] = {}
+
+    def set_metadata(
+        self, meta_dict: Mapping[Any, Any] | None, resample: bool = True, **options: Any
+    ) -> None:
+        """Keep affine and header of the file that the data come from, and resample if that is asked for."""
+        self._header = dict(meta_dict or {})
+        super().set_metadata(meta_dict, resample, **options)
+
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         """Write to a temporary file beside the target, then move it into place."""
         path = Path(filename)
         try:
             self._require_place(path)
-            self._write_whole(path, verbose=verbose, **obj_kwargs)
+            self._write_whole(path, **obj_kwargs)
         except (OSError, InputError) as error:
             logger.error("%s", error)
             raise
@@ -150,17 +170,33 @@ class AtomicNibabelWriter(NibabelWriter):
             )
 
     def _write_whole(self, path: Path, **options: Any) -> None:
-        partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+        image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **options)
+        _place(image, self._header)
         try:
-            super().write(partial, **options)
-            partial.replace(path)
+            with writing_whole(path) as partial:
+                nibabel.save(image, partial)
         except OSError as error:
             cure = _CURES.get(error.errno or 0, "check that the folder exists and may be written to")
             raise OSError(
                 error.errno, f"{path} is not written ({error.strerror or error}): {cure}, then run again"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+
+
+def _place(image: nibabel.Nifti1Image, source: Mapping[Any, Any]) -> None:
+    """Write into a header where its voxels lie, as the header that they come from did."""
+    affine = np.array(image.affine)
+    codes = {name: int(source[name]) for name in ("sform_code", "qform_code") if name in source}
+    image.set_sform(affine, codes.get("sform_code") or 1)
+    image.set_qform(affine, codes.get("qform_code") or 1)
+    if len(codes) < 2:
+        return
+    copy = image.header.copy()
+    for name in _PLACE:
+        copy[name] = np.asarray(source[name])
+    copy["pixdim"][:4] = np.asarray(source["pixdim"])[:4]
+    if np.allclose(copy.get_best_affine(), affine, atol=1e-4):
+        for name in (*_PLACE, "pixdim"):
+            image.header[name] = copy[name]
 
 
 def _batched(x: Tensor, device: torch.device) -> Tensor:
