@@ -20,7 +20,9 @@ from monai.handlers import ValidationHandler
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from monai_xai import ClassScore, Explainer, InputError, InputXGradient, Saliency
+from benchmarks.phantoms import Classifier as PhantomClassifier
+from benchmarks.phantoms import Phantoms, make_phantoms
+from monai_xai import Blur, ClassScore, Explainer, InputError, InputXGradient, IntegratedGradients, Saliency
 from monai_xai.grounding import Grounding, GroundingSettings
 from monai_xai.grounding_handler import (
     GroundingHandler,
@@ -154,6 +156,77 @@ def test_tensorboard_shows_what_the_report_says(trained: Any) -> None:
     (event,) = events.Tensors("grounding/text_summary")
     words = event.tensor_proto.string_val[0].decode()
     assert told["verdict"] in words
+
+
+def learn(tag: str) -> dict[int, Grounding]:
+    """Train where a tag tells the class and the lesion does not, or the other way round; return verdicts by epoch."""
+    shape = (32, 32)
+    options = {"tag": tag, "lesion_tells": tag != "class"}
+    seen, held_out = (
+        make_phantoms(768, shape, seed=1000, **options),
+        make_phantoms(10, shape, seed=5, **options),
+    )
+
+    def dataset(phantoms: Phantoms) -> Dataset:
+        return Dataset(
+            [
+                {
+                    "image": image,
+                    "label": label,
+                    "lesion": lesion,
+                    "tag": place.long(),
+                    "body": phantoms.body[0],
+                }
+                for image, label, lesion, place in zip(
+                    phantoms.images, phantoms.classes, phantoms.lesions, phantoms.tags, strict=True
+                )
+            ]
+        )
+
+    torch.manual_seed(0)
+    network = PhantomClassifier(2)
+    handler = GroundingHandler(
+        Explainer(ClassScore(), IntegratedGradients(n_steps=16, baseline=Blur(4.0)), progress=False),
+        every_n_epochs=3, region="lesion", within="body", structures="tag", structure_names={1: "the tag"},
+        settings=GroundingSettings.quick(min_cases=10, steps=8, n_disturbed=8, n_cascade=0), on_error="raise",
+    )  # fmt: skip
+    engine = evaluator([handler], network)
+    engine.data_loader = DataLoader(dataset(held_out), batch_size=5)
+    register_events(engine)
+    found: dict[int, Grounding] = {}
+    engine.add_event_handler(
+        AttributionEvents.GROUNDING_COMPLETED, lambda e: found.update({e.state.epoch: e.state.grounding})
+    )
+    SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=18,
+        train_data_loader=DataLoader(dataset(seen), batch_size=48, shuffle=True),
+        network=network,
+        optimizer=torch.optim.Adam(network.parameters(), 3e-3),
+        loss_function=nn.CrossEntropyLoss(),
+        train_handlers=[ValidationHandler(interval=9, validator=engine)],
+    ).run()
+    return found
+
+
+@pytest.mark.slow
+def test_a_shortcut_that_is_learned_turns_the_verdict_and_is_named() -> None:
+    found = learn("class")
+    assert list(found) == [9, 18]
+    last = found[18]
+    assert last.verdict == "FAITHFUL BUT OFF TARGET"
+    assert "possible shortcut" in last.sentence
+    assert "of the rest, most is in the tag" in last.sentence
+    assert max(last.places, key=lambda place: last.places[place]) == "the tag"
+
+
+@pytest.mark.slow
+def test_a_network_that_learns_the_lesion_is_not_accused_of_a_shortcut() -> None:
+    last = learn("random")[18]
+    assert last.verdict in ("GROUNDED", "INCONCLUSIVE")  # no second network: what it takes for more is listed
+    assert last.test("T9").status == "PASS"
+    assert last.test("T10").status == "PASS"
+    assert max(last.places, key=lambda place: last.places[place]) == "the marked finding"
 
 
 def judged(engine: Engine) -> Grounding:
