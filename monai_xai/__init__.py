@@ -50,7 +50,19 @@ from monai_xai.attributors import (
     XGradCam,
     ZPlusRule,
 )
-from monai_xai.baselines import Auto, Baseline, Blur, ChannelMinimum, Constant, Mean, Noise, Samples
+from monai_xai.baselines import (
+    Auto,
+    Baseline,
+    Blur,
+    ChannelMinimum,
+    Constant,
+    GivenImage,
+    Mean,
+    Noise,
+    Road,
+    Samples,
+    Within,
+)
 from monai_xai.cases import WorstCases
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.comparison import Comparison, Criterion, EdgeControl, NoiseControl, compare
@@ -67,11 +79,24 @@ from monai_xai.errors import (
 )
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
-from monai_xai.features import Blocks, Channels, FeatureMask, Features, channel_names
+from monai_xai.features import (
+    Atlas,
+    Blocks,
+    CaseFeatures,
+    Channels,
+    Components,
+    FeatureMask,
+    Features,
+    PlacedFeatures,
+    Supervoxels,
+    channel_names,
+    read_names,
+)
 from monai_xai.forward import SeveredGradientWarning
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding_handler import GroundingHandler, TensorBoardGroundingHandler
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
+from monai_xai.importance import FeatureImportance, feature_table
 from monai_xai.inferers import AttributionInferer
 from monai_xai.metrics import (
     Complexity,
@@ -112,6 +137,7 @@ __all__ = [
     "LRP",
     "AblationCam",
     "AlphaBetaRule",
+    "Atlas",
     "AtomicNibabelWriter",
     "AttentionRollout",
     "Attribution",
@@ -128,6 +154,7 @@ __all__ = [
     "BlurIntegratedGradients",
     "Box",
     "BoxRule",
+    "CaseFeatures",
     "CasesFailedError",
     "ChannelMinimum",
     "Channels",
@@ -138,6 +165,7 @@ __all__ = [
     "CompletenessWarning",
     "Complexity",
     "Component",
+    "Components",
     "Constant",
     "Criterion",
     "Deconvolution",
@@ -157,6 +185,7 @@ __all__ = [
     "Explanation",
     "ExtremalPerturbation",
     "FeatureAblation",
+    "FeatureImportance",
     "FeatureMask",
     "FeaturePermutation",
     "Features",
@@ -165,6 +194,7 @@ __all__ = [
     "FullGrad",
     "FunctionTarget",
     "GammaRule",
+    "GivenImage",
     "GradCam",
     "GradCamPlusPlus",
     "GradientShap",
@@ -206,6 +236,7 @@ __all__ = [
     "NoiseTunnel",
     "Occlusion",
     "OutputScore",
+    "PlacedFeatures",
     "PointingGame",
     "Predicted",
     "PropagationRule",
@@ -217,6 +248,7 @@ __all__ = [
     "RegionScore",
     "RelevanceMass",
     "Rise",
+    "Road",
     "Saliency",
     "Samples",
     "ScoreCam",
@@ -227,6 +259,7 @@ __all__ = [
     "ShapleyValues",
     "Sparseness",
     "StitchedNetwork",
+    "Supervoxels",
     "TableSchema",
     "Target",
     "TensorBoardAttributionHandler",
@@ -236,6 +269,7 @@ __all__ = [
     "UnsupportedNetworkError",
     "Variable",
     "Voxel",
+    "Within",
     "WorstCases",
     "XGradCam",
     "XaiError",
@@ -244,7 +278,9 @@ __all__ = [
     "additive_projection",
     "channel_names",
     "compare",
+    "feature_table",
     "ground",
     "perceptual_score",
+    "read_names",
     "write_report",
 ]

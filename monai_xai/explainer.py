@@ -17,6 +17,7 @@ from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
 from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
+from monai_xai.features import Features
 from monai_xai.forward import Scoring, count_not_finite, guard
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
@@ -115,9 +116,9 @@ class Explainer:
 
     def _explain(self, task: Task, target: Target) -> Explanation:
         start = time.perf_counter()
-        scoring = task.scoring(target)
-        with guard(self.attributor.name, scoring.values):
-            attribution = self._attribute(scoring)
+        scoring, attributor = task.scoring(target), task.placed(self.attributor, target)
+        with guard(attributor.name, scoring.values):
+            attribution = self._attribute(attributor, scoring)
         self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={
@@ -136,17 +137,18 @@ class Explainer:
             },
             facts={**task.facts(scoring), **attribution.facts},
             unit=target.unit,
+            features=_features(attributor),
         )
         self._judge(explanation, scoring)
         return explanation
 
-    def _attribute(self, scoring: Scoring) -> Attribution:
-        baseline = getattr(self.attributor, "baseline", None)
-        if not isinstance(baseline, Auto) or not self.attributor.complete:
-            return self.attributor.attribute(scoring)
+    def _attribute(self, attributor: Attributor, scoring: Scoring) -> Attribution:
+        baseline = getattr(attributor, "baseline", None)
+        if not isinstance(baseline, Auto) or not attributor.complete:
+            return attributor.attribute(scoring)
         best: tuple[float, Attribution] | None = None
         for candidate in baseline.candidates:
-            found = replace(self.attributor, baseline=candidate).attribute(scoring)  # type: ignore[call-arg]
+            found = replace(attributor, baseline=candidate).attribute(scoring)  # type: ignore[call-arg]
             found = replace(found, facts={**found.facts, "baseline": str(candidate)})
             gap = _gap(found)
             if best is None or gap < best[0]:
@@ -244,6 +246,11 @@ def _delta(attribution: Attribution) -> Tensor:
     assert attribution.baseline_score is not None
     sums = [values.flatten(1).sum(1) for values in attribution.maps.values()]
     return sum(sums[1:], sums[0]) - (attribution.score - attribution.baseline_score)
+
+
+def _features(attributor: Attributor) -> Features | None:
+    features = getattr(attributor, "features", None)
+    return features if isinstance(features, Features) else None
 
 
 def _seed(attributor: Attributor) -> int | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from monai_xai.errors import InputError
+from monai_xai.features import Features
 
 
 def rounding(*scores: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class Explanation:
         channels: names of the channels (modalities) by input name.
         facts: further numbers, such as ``windows``, ``active_windows``, ``passes`` or ``layer``.
         unit: of the score, such as "years"; empty if none was given.
+        features: of a method that has some, as they lay on the inputs; see :func:`monai_xai.feature_table`.
     """
 
     attributions: Mapping[str, Tensor]
@@ -57,6 +59,7 @@ class Explanation:
     channels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     unit: str = ""
+    features: Features | None = None
 
     @property
     def gap(self) -> Tensor | None:

@@ -168,29 +168,30 @@ class Component(Region):
             raise InputError(
                 f"Component(k=None) explains every lesion of one case, got a batch of {output.shape[0]}."
             )
-        count = len(self._labels(self.of.mask(output, label, channel)[0, 0])[1])
+        count = len(components_of(self.of.mask(output, label, channel)[0, 0], self.min_voxels)[1])
         if count == 0:
             raise EmptyRegionError(
                 f"{self} is empty in sample 0: no component of at least {self.min_voxels} voxels."
             )
         return {f"component{k}": replace(self, k=k) for k in range(count)}
 
-    def _labels(self, mask: Tensor) -> tuple[np.ndarray, list[int]]:
-        """Label the components of one mask (*spatial) and list their labels from the largest."""
-        array = mask.cpu().numpy()
-        labels, _ = ndimage.label(array, structure=np.ones((3,) * array.ndim))
-        sizes = np.bincount(labels.ravel())
-        order = [int(i) for i in np.argsort(-sizes[1:], kind="stable") + 1 if sizes[i] >= self.min_voxels]
-        return labels, order
-
     def _component(self, mask: Tensor, k: int, sample: int) -> Tensor:
-        labels, order = self._labels(mask)
+        labels, order = components_of(mask, self.min_voxels)
         if k >= len(order):
             raise EmptyRegionError(
                 f"Component(k={k}) does not exist in sample {sample}: {self.of} has {len(order)} components "
                 f"of at least {self.min_voxels} voxels."
             )
         return torch.from_numpy(labels == order[k]).to(mask.device)
+
+
+def components_of(mask: Tensor, min_voxels: int = 1) -> tuple[np.ndarray, list[int]]:
+    """Label the connected components of one mask (*spatial) and list their labels from the largest."""
+    array = mask.cpu().numpy()
+    labels, _ = ndimage.label(array, structure=np.ones((3,) * array.ndim))
+    sizes = np.bincount(labels.ravel())
+    order = [int(i) for i in np.argsort(-sizes[1:], kind="stable") + 1 if sizes[i] >= min_voxels]
+    return labels, order
 
 
 @dataclass(frozen=True)

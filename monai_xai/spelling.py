@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
+
 
 class Spelled:
     """A dataclass that ``str`` writes as it would be made, without what was left open.
@@ -25,6 +27,8 @@ class Spelled:
 def _spell(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_spell(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, Spelled):
         return str(value)
     return getattr(value, "__qualname__", repr(value))  # functions by name, not by address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from monai.data import MetaTensor
@@ -25,8 +25,10 @@ from monai_xai.forward import (
     guard,
     undisturbed,
 )
+from monai_xai.grids import Case
 from monai_xai.networks import require_module
-from monai_xai.regions import Needs
+from monai_xai.placing import place
+from monai_xai.regions import Needs, Region
 from monai_xai.targets import FunctionTarget, Target
 from monai_xai.windows import (
     StitchedNetwork,
@@ -40,6 +42,7 @@ from monai_xai.windows import (
 Inputs = Tensor | Mapping[str, Tensor]
 Label = Tensor | Mapping[str, Tensor] | None
 TargetLike = Target | Callable[..., Tensor]
+T = TypeVar("T")
 
 
 class Question(Protocol):
@@ -102,6 +105,7 @@ class Task:
         self.predicted = predicted
         self._predictions: dict[str | int | None, Tensor] = {}
         self._drawn: dict[int, list[Tensors]] = {}
+        self._placed: dict[tuple[int, str], tuple[Any, Any]] = {}
 
     def targets(self) -> dict[str, Target]:
         """Return the targets by name, those that stand for several taken apart."""
@@ -122,6 +126,27 @@ class Task:
         """Return what a target selects from the clean prediction, see :meth:`Target.select`."""
         selected = target.select(self._output(target), self._label_of(target))
         return tuple(part.to(self._image.device) for part in selected)
+
+    def placed(self, owner: T, target: Target) -> T:
+        """Return a method, say, with the features and baselines in it as they lie on this batch."""
+        key = id(owner), str(target)
+        if key not in self._placed:
+            case = Case(self.given, lambda region: self._region(region, target))
+            self._placed[key] = owner, place(owner, case)  # both are kept: baselines go by their identity
+        return self._placed[key][1]
+
+    def _region(self, region: Region, target: Target) -> Tensor:
+        """Return the voxels of a region of the prediction or label, shape (N, 1, *spatial), bool."""
+        output, label = self.prediction(target), self._label_of(target)
+        if output.ndim == 2 and region.needs < Needs.VALUES:
+            output = self._image[:, :1]  # of a label, beside a prediction without a grid
+        channel = explained_channel(target)
+        if output.ndim == 2 or channel is None:
+            raise InputError(
+                f"{region} has no meaning for {target}, which is no score of one channel of an output map: give a "
+                "mask, a tensor or a file, in its place."
+            )
+        return region.mask(output, label, channel)
 
     def _scoring(self, target: Target) -> Scoring:
         selection = self.select(target)
@@ -213,6 +238,13 @@ class Task:
         with guard("the clean prediction", tuple(self.inputs.values())), torch.no_grad():
             output = whole(*(x.clone() for x in self.inputs.values()))
         return output if isinstance(whole, StitchedNetwork) else target.pick(output)
+
+
+def explained_channel(target: Any) -> int | None:
+    """Return the output channel that a target, or the one it keeps frozen, speaks about; None if there is none."""
+    while target is not None and not hasattr(target, "channel"):
+        target = getattr(target, "target", None)
+    return None if target is None else int(target.channel)
 
 
 @contextmanager

@@ -10,12 +10,10 @@ from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from ignite.engine import Engine
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.handlers import TensorBoardHandler
-from monai.utils.enums import MetaKeys, SpaceKeys
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -39,6 +37,7 @@ from monai_xai.figures import (
     encode_png,
     rasterize,
 )
+from monai_xai.grids import affine_of
 from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
 from monai_xai.modalities import ModalityExplanation
 
@@ -457,34 +456,6 @@ def _title(explained: ExplainedCase, explainer: str, what: str) -> str:
 def _epoch(number: int) -> str:
     """Name an epoch, but for the first: an evaluation without training has one as well."""
     return f" · epoch {number}" if number > 1 else ""
-
-
-def affine_of(image: Tensor) -> NDArray[np.float64] | None:
-    """Return the affine of an image (voxel to RAS, mm); None where nothing is known about its place in space.
-
-    An image that began with the identity, which is what MONAI gives to arrays without a header, does not lie in any
-    known direction, whatever flips and crops have made of it since; letters for right and left would be made up.
-    """
-    if not isinstance(image, MetaTensor):
-        return None
-    affine = _affine(image.affine)
-    if MetaKeys.ORIGINAL_AFFINE in image.meta:
-        origin = _affine(image.meta[MetaKeys.ORIGINAL_AFFINE])
-        is_known = not np.array_equal(origin, np.eye(len(origin)))
-    else:
-        operations = image.applied_operations[0] if image.is_batch else image.applied_operations
-        turns = not np.array_equal(affine[:-1, :-1], np.eye(len(affine) - 1))
-        is_known = turns or (bool(affine[:-1, -1].any()) and not operations)
-    if not is_known:
-        return None
-    space = image.meta.get(MetaKeys.SPACE, SpaceKeys.RAS)
-    space = space if isinstance(space, str) else space[0]
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if space == SpaceKeys.LPS and len(affine) == 4 else affine
-
-
-def _affine(affine: Any) -> NDArray[np.float64]:
-    matrix = torch.as_tensor(affine).detach().cpu().double().numpy()
-    return matrix[0] if matrix.ndim == 3 else matrix
 
 
 def _outline(values: Tensor | None, spatial: Sequence[int], multilabel: bool) -> NDArray[np.bool_] | None:

@@ -1,5 +1,6 @@
 """Metrics of attributions: what only needs maps and masks, and what calls the network."""
 
+from monai_xai.baselines import Road as Road  # its home; imported from here, too
 from monai_xai.metrics.accumulators import (
     Complexity,
     Enrichment,
@@ -55,7 +56,6 @@ from monai_xai.metrics.perturbations import (
     GaussianPerturbation,
     Perturbation,
     RandomRemoval,
-    Road,
     UniformNoise,
 )
 from monai_xai.metrics.randomization import (
@@ -108,7 +108,6 @@ __all__ = [
     "RegionUse",
     "RelevanceMass",
     "Resampling",
-    "Road",
     "Scores",
     "Sensitivity",
     "Sparseness",

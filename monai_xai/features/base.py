@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from monai_xai.errors import InputError
+from monai_xai.grids import Case
 from monai_xai.spelling import Spelled
 
 
@@ -22,6 +24,83 @@ class Features(Spelled, ABC):
     @abstractmethod
     def mask(self, x: Tensor, name: str) -> Tensor:
         """Return feature numbers of one input, shape (1, C or 1, *spatial) or (1, F), expandable to the input."""
+
+    def placed(self, case: Case) -> Features:
+        """Return the features as they lie on a case; an explainer asks for it before it attributes.
+
+        Here, features that need no more than the shape of an input are what they are.
+        """
+        return self
+
+    def feature_name(self, number: int) -> str:
+        """Return what a feature is called, by its number in :meth:`mask`."""
+        return f"feature {number}"
+
+
+@dataclass(frozen=True)
+class CaseFeatures(Features):
+    """Features that differ from case to case: their masks need the case's values, its place in space or its regions.
+
+    Each entry of a vector is one feature. The samples of a batch share one partition; where they would need several
+    (other anatomy, other affine), that is an error, and they are to be explained one at a time.
+
+    ``of_values`` tells whether the values of an input or of the prediction decide, and not its grid alone.
+
+    Args:
+        keeps_background: whether what belongs to no piece is never taken away; else it is one feature more.
+    """
+
+    keeps_background: bool = field(default=False, kw_only=True)
+    of_values: ClassVar[bool] = False
+
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        return Channels().mask(x, name) if x.ndim == 2 else self.numbers(x, name, None)
+
+    def placed(self, case: Case) -> Features:
+        masks = {name: self.numbers(x, name, case) for name, x in case.inputs.items() if x.ndim > 2}
+        return PlacedFeatures(self, masks, self.keeps_background)
+
+    @abstractmethod
+    def numbers(self, x: Tensor, name: str, case: Case | None) -> Tensor:
+        """Return feature numbers of one image; 0 is the background.
+
+        Args:
+            x: shape (N, C, *spatial), a ``MetaTensor`` where it has a place in space.
+            name: of the input.
+            case: the case, if there is more to know about it than this image.
+
+        Shapes: result (1, 1, *spatial).
+        """
+
+    def _shared(self, samples: Tensor, name: str) -> Tensor:
+        """Return the one mask of all samples, shape (1, 1, *spatial), from one for each."""
+        if not (samples == samples[:1]).all():
+            raise InputError(
+                f"{self} lies differently in the {len(samples)} samples of the input {name!r}, and a batch has one "
+                "partition: explain one sample at a time."
+            )
+        return samples[:1]
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedFeatures(Features):
+    """Features as they lie on a case.
+
+    Args:
+        source: the features that were laid out.
+        masks: feature numbers by input name, shape (1, 1, *spatial); inputs without one have a feature per channel.
+        keeps_background: whether feature 0 is never taken away.
+    """
+
+    source: Features
+    masks: Mapping[str, Tensor] = field(repr=False)
+    keeps_background: bool = field(default=False, repr=False)
+
+    def mask(self, x: Tensor, name: str) -> Tensor:
+        return self.masks[name].to(x.device) if name in self.masks else Channels().mask(x, name)
+
+    def feature_name(self, number: int) -> str:
+        return self.source.feature_name(number)
 
 
 @dataclass(frozen=True)
@@ -50,7 +129,15 @@ class Blocks(Features):
         spatial = x.shape[2:]
         sizes = [self.size] * len(spatial) if isinstance(self.size, int) else list(self.size)
         if len(sizes) != len(spatial) or min(sizes) < 1:
-            raise InputError(f"{self} does not fit the input {name!r} of spatial shape {tuple(spatial)}.")
+            raise InputError(
+                f"{self} does not fit the input {name!r} of spatial shape {tuple(spatial)}: it needs one size of at "
+                "least 1 voxel for each axis."
+            )
+        if all(size > length for size, length in zip(sizes, spatial, strict=True)):
+            raise InputError(
+                f"{self} is larger than the input {name!r} of spatial shape {tuple(spatial)}: the whole image would "
+                "be a single feature. Take smaller blocks."
+            )
         blocks = torch.zeros((1, 1, *spatial), dtype=torch.long, device=x.device)
         for axis, (size, length) in enumerate(zip(sizes, spatial, strict=True)):
             index = torch.arange(length, device=x.device) // size
@@ -81,8 +168,15 @@ class FeatureMask(Features):
                 f"FeatureMask of shape {tuple(numbers.shape)} does not expand to {(1, *x.shape[1:])}, the shape of one "
                 f"sample of the input {name!r}."
             ) from error
-        if numbers.is_floating_point() and (numbers != numbers.round()).any():
-            raise InputError(f"FeatureMask for the input {name!r} must hold whole numbers.")
+        if numbers.is_complex() or (numbers.is_floating_point() and (numbers != numbers.round()).any()):
+            raise InputError(
+                f"FeatureMask for the input {name!r} must hold whole numbers. Labels that were resampled must be "
+                "resampled with nearest neighbor."
+            )
+        if numbers.numel() and numbers.amin() < 0:
+            raise InputError(
+                f"FeatureMask for the input {name!r} must hold numbers from 0, got {int(numbers.amin())}."
+            )
         return numbers.to(device=x.device, dtype=torch.long)
 
 

@@ -1,9 +1,4 @@
-"""Baselines: what an input is held against.
-
-A baseline is an *absence*: the completeness of Integrated Gradients or DeepLift says how the score at the input differs
-from the score at the baseline. A constant image is a poor absence for networks with instance or group normalization,
-which map every constant image to the same features; the default is therefore a blurred copy of the input.
-"""
+"""Baselines of general use, and how they are coerced and drawn."""
 
 from __future__ import annotations
 
@@ -18,15 +13,21 @@ from monai.networks.layers.convutils import gaussian_1d
 from torch import Tensor
 
 from monai_xai.errors import InputError
-from monai_xai.regions import Needs, Region
+from monai_xai.grids import Case, RegionLike, mask_on_grid
+from monai_xai.regions import Mask, Needs, Region
 from monai_xai.spelling import Spelled
 
 
 @dataclass(frozen=True)
 class Baseline(Spelled, ABC):
-    """What an input is held against. ``stochastic`` baselines have a ``seed``."""
+    """What an input is held against, and what takes the place of a part that is taken away.
+
+    ``stochastic`` baselines have a ``seed``. Of ``conditional`` ones, what takes the place of a part depends on which
+    part it is: there is no whole baseline whose parts they are, and :meth:`impute` must be asked each time.
+    """
 
     stochastic: ClassVar[bool] = False
+    conditional: ClassVar[bool] = False
 
     @abstractmethod
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -34,6 +35,30 @@ class Baseline(Spelled, ABC):
 
         Shapes: x (N, C, *spatial) or (N, F); each result has the shape of x.
         """
+
+    def impute(self, x: Tensor, removed: Tensor, draw: Tensor | None = None) -> Tensor:
+        """Return an input with what was removed replaced.
+
+        Args:
+            x: the whole input.
+            removed: where, bool, expandable to x.
+            draw: one of the baselines of x; None takes the first.
+
+        Shapes: x (N, C, *spatial) or (N, F); result as x.
+        """
+        return torch.where(removed, self.draws(x)[0] if draw is None else draw, x)
+
+    def placed(self, case: Case) -> Baseline | Mapping[str, Baseline]:
+        """Return the baseline as it lies on a case, or one for each input; an explainer asks before it attributes.
+
+        Here, a baseline that needs no more than the values of an input is what it is.
+        """
+        return self
+
+    def for_input(self, number: int) -> Baseline:
+        """Return a stochastic baseline with a seed of its own for each input, so that their noise is independent."""
+        seed = getattr(self, "seed", None) if self.stochastic else None
+        return self if seed is None else replace(self, seed=seed + number)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,27 +154,35 @@ class ChannelMinimum(Baseline):
         return (x.amin(tuple(range(2, x.ndim)), keepdim=True).expand_as(x),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mean(Baseline):
-    """The mean of each channel over a region of the input.
+    """The mean of each channel over a region of the input, such as the mean of an organ.
 
     Args:
-        region: where the mean is taken: ``Box``, ``Voxel`` or ``Mask``; None takes the whole image. Vectors, which
-            have no region, get zeros.
+        region: where the mean is taken: a region of the input, the prediction or the label, or a mask as a tensor or
+            file, not 0 inside (see :class:`Within`); None takes the whole image. Vectors, which have no region, get
+            zeros.
     """
 
-    region: Region | None = None
-
-    def __post_init__(self) -> None:
-        if self.region is not None and self.region.needs > Needs.GRID:
-            raise InputError(f"Mean needs a region of the input (Box, Voxel or Mask), got {self.region}.")
+    region: RegionLike | None = None
 
     def draws(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.ndim == 2:
             return (torch.zeros_like(x),)
         axes = tuple(range(2, x.ndim))
-        weights = torch.ones_like(x[:, :1]) if self.region is None else self.region.mask(x, None, 0).to(x)
+        if self.region is None:
+            return (x.mean(axes, keepdim=True).expand_as(x),)
+        weights = mask_on_grid(self.region, x, "Mean").to(x)
         return (((x * weights).sum(axes, keepdim=True) / weights.sum(axes, keepdim=True)).expand_as(x),)
+
+    def placed(self, case: Case) -> Baseline | Mapping[str, Baseline]:
+        region = self.region
+        if region is None or (isinstance(region, Region) and region.needs <= Needs.GRID):
+            return self
+        return {
+            name: self if x.ndim == 2 else Mean(Mask(case.mask(region, x, "Mean")))
+            for name, x in case.inputs.items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +276,7 @@ def draw_baselines(
         raise InputError(f"Baselines are given for {sorted(baseline)}, but the inputs are {sorted(inputs)}.")
     draws = []
     for number, (name, x) in enumerate(inputs.items()):
-        own = _for_input(baseline[name] if isinstance(baseline, Mapping) else baseline, number)
+        own = (baseline[name] if isinstance(baseline, Mapping) else baseline).for_input(number)
         if not x.is_floating_point() and not isinstance(own, Constant | Samples):
             raise InputError(
                 f"The input {name!r} holds whole numbers, for which {own} means nothing: give it a baseline of its own "
@@ -258,12 +291,6 @@ def draw_baselines(
             f"Inputs have different numbers of baselines, {sorted(counts)}: give each the same number."
         )
     return [tuple(draw[i % len(draw)] for draw in draws) for i in range(max(map(len, draws)))]
-
-
-def _for_input(baseline: Baseline, number: int) -> Baseline:
-    """Return a stochastic baseline with a seed of its own for each input, so that their noise is independent."""
-    seed = getattr(baseline, "seed", None) if baseline.stochastic else None
-    return baseline if seed is None else replace(baseline, seed=seed + number)  # type: ignore[call-arg]
 
 
 def _plain(value: Any) -> Tensor:
