@@ -8,7 +8,7 @@ import captum.attr
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
-from networks import random_image, small_unet
+from networks import LinearImage, random_image, small_unet
 from torch import Tensor, nn
 
 from monai_xai import (
@@ -20,9 +20,11 @@ from monai_xai import (
     DiceScore,
     Explainer,
     FeatureAblation,
+    InputError,
     KernelShap,
     Lime,
     Occlusion,
+    OutputScore,
     Predicted,
     RegionScore,
     Rise,
@@ -228,3 +230,59 @@ def test_drawing_ends_at_the_tolerance():
     assert loose.facts["passes"] < tight.facts["passes"]
     change = abs(float(tight.score - tight.baseline_score))
     assert loose.facts["standard_error"] <= 0.2 * change
+
+
+def test_coarse_to_fine_finds_the_strongest_boxes_of_the_full_grid():
+    network, x = LinearImage((1, 64, 64)), random_image(1, 1, 64, 64)
+    with torch.no_grad():
+        network.weight.zero_()
+        network.weight[..., 20:36, 40:52] = 1.0  # what matters lies in few boxes
+    full = explain(Occlusion((1, 4, 4), baseline=Constant(0.0)), network, x.abs(), OutputScore(), None)
+    found = explain(
+        Occlusion((1, 4, 4), baseline=Constant(0.0), top_k=5), network, x.abs(), OutputScore(), None
+    )
+    boxes, expected = (e.attributions["image"][0, 0, ::4, ::4].flatten() for e in (found, full))
+    assert set(boxes.topk(5).indices.tolist()) == set(expected.topk(5).indices.tolist())
+    torch.testing.assert_close(boxes.topk(5).values, expected.topk(5).values)
+    assert found.facts["pieces_of_full_grid"] == full.facts["pieces"] == 256
+    assert found.facts["pieces"] <= 64
+    assert found.facts["largest_not_divided"] <= float(boxes.topk(5).values[-1])
+    assert float(boxes.sum()) == pytest.approx(float(expected.sum()))  # what was not divided is shared out
+
+
+def test_coarse_to_fine_through_windows_and_over_the_end_of_the_input():
+    network, x = small_unet(), random_image(1, 2, 44, 38)
+    full = explain(Occlusion((2, 5, 5)), network, x)
+    found = explain(Occlusion((2, 5, 5), top_k=3), network, x)
+    a, b = (e.attributions["image"][0, 0, ::5, ::5].flatten() for e in (found, full))
+    strongest = b.abs().topk(3).indices
+    torch.testing.assert_close(a[strongest], b[strongest])
+    assert found.facts["pieces"] < full.facts["pieces"]
+
+
+def test_coarse_to_fine_refuses_strides():
+    with pytest.raises(InputError, match="side by side"):
+        Occlusion((1, 4, 4), (1, 2, 2), top_k=5)
+
+
+def test_shapley_values_refined_only_where_it_matters():
+    network, x = small_unet(), random_image(1, 2, 40, 40)
+    options = {"n_samples": 200, "seed": 1}
+    full = explain(ShapleyValueSampling(Blocks(4), **options), network, x)
+    found = explain(ShapleyValueSampling(Blocks(4), coarse=Blocks(12), **options), network, x)
+    change = float(full.score - full.baseline_score)
+    assert abs(found.facts["residual"]) < 1e-12
+    assert found.facts["pieces"] < full.facts["pieces"] == found.facts["pieces_of_full_grid"]
+    a, b = (e.attributions["image"][0, 0, ::4, ::4].flatten() for e in (found, full))
+    strongest = b.abs().topk(5).indices
+    torch.testing.assert_close(a[strongest], b[strongest], rtol=0, atol=0.1 * abs(change))
+    assert found.facts["largest_not_divided"] < float(b.abs().max())
+
+
+def test_coarse_features_that_cut_across_fine_ones_are_refined_within_both():
+    network, x = LinearImage((1, 12, 12)), random_image(1, 1, 12, 12)
+    method = ShapleyValueSampling(Blocks(5), Constant(0.0), n_samples=4, coarse=Blocks(6))
+    found = explain(method, network, x, OutputScore(), None)
+    total = float((network.weight.detach() * x).sum())
+    assert float(found.score - found.baseline_score) == pytest.approx(total)
+    assert abs(found.facts["residual"]) < 1e-12

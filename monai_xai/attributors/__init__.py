@@ -41,8 +41,9 @@ from monai_xai.attributors.lrp import (
     PropagationRule,
     ZPlusRule,
 )
+from monai_xai.attributors.occlusion import Occlusion
 from monai_xai.attributors.paths import BlurIntegratedGradients, GuidedIntegratedGradients
-from monai_xai.attributors.perturbation import FeatureAblation, Occlusion
+from monai_xai.attributors.perturbation import FeatureAblation
 
 __all__ = [
     "LRP",
