@@ -208,7 +208,8 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         orders = _orders(e, settings)
         for name in settings.imputers:
             falls[name][e.id] = _changes(e, network, settings, name, orders)
-            rises[name][e.id] = _changes(e, network, settings, name, orders, inserts=True)
+            if settings.insertion:
+                rises[name][e.id] = _changes(e, network, settings, name, orders, inserts=True)
     for name, found_in in falls.items():
         areas = {case: {order: float(y.mean()) for order, y in ys.items()} for case, ys in found_in.items()}
         gains[name] = {case: area["map"] - area["map shifted"] for case, area in areas.items()}
@@ -216,7 +217,10 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         said.append(_against_controls(name, areas))
         lost = [{order: -fall for order, fall in found.items()} for found in found_in.values()]
         cohort.curves |= _mean_curves(f"deletion, imputed by {name}", lost, settings)
-        cohort.curves |= _mean_curves(f"insertion, imputed by {name}", list(rises[name].values()), settings)
+        if settings.insertion:
+            cohort.curves |= _mean_curves(
+                f"insertion, imputed by {name}", list(rises[name].values()), settings
+            )
     scale = _scale(cohort)
     per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)

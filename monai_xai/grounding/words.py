@@ -64,6 +64,7 @@ class GroundingSettings:
         n_shifts: T5, T6: copies of the map shifted against itself, over which the mean is taken.
         n_orders: T5: random orders of blocks.
         controls: T5: whether edges (Sobel) and intensity are held against the map, too.
+        insertion: T5: whether curves of insertion are drawn beside those of deletion.
         n_disturbed: T6: how often the input is disturbed.
         noise: T6, T12: noise of another acquisition, as a share of the standard deviation of each channel.
         n_region_shifts: T9: shifted copies of the region.
@@ -92,6 +93,7 @@ class GroundingSettings:
     n_shifts: int = 2
     n_orders: int = 15
     controls: bool = True
+    insertion: bool = True
     n_disturbed: int = 30
     noise: float = 0.1
     n_region_shifts: int = 4
@@ -113,9 +115,9 @@ class GroundingSettings:
 
     @classmethod
     def quick(cls, **settings: Any) -> GroundingSettings:
-        """Return settings with a tenth of the effort: no reported controls, fewer networks and steps."""
-        few = {"n_random": 1, "steps": 12, "n_shifts": 1, "n_orders": 0, "controls": False, "n_disturbed": 12,
-               "n_region_shifts": 2, "n_draws": 1999, "n_cascade": 1}  # fmt: skip
+        """Return settings with a tenth of the effort: no reported controls and insertion, fewer networks and steps."""
+        few = {"n_random": 1, "steps": 12, "n_shifts": 1, "n_orders": 0, "controls": False, "insertion": False,
+               "n_disturbed": 12, "n_region_shifts": 2, "n_draws": 1999, "n_cascade": 1}  # fmt: skip
         return cls(**{**few, **settings})
 
 

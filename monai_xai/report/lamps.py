@@ -110,7 +110,7 @@ def _color(question: Asked, needed: list[GroundingTest], further: list[Grounding
     status = {test.status for test in needed}
     if "FAIL" in status:
         return "red"
-    if not status - {"NA"}:
+    if all(test.status == "NA" or not test.n for test in needed):
         return "grey"
     found = {name for name in question.tests if any(belongs(test, (name,)) for test in needed)}
     is_whole = found == set(question.tests) and status == {"PASS"}
