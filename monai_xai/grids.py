@@ -61,7 +61,9 @@ def grids_of(x: Tensor) -> list[Grid]:
 def _grid(x: MetaTensor, shape: tuple[int, ...], affine: Tensor, sample: int) -> Grid:
     matrix = _of_axes(_matrix(affine), len(shape))
     spacing = tuple(np.linalg.norm(matrix[:-1, :-1], axis=0).tolist())
-    known = affine_of(x[sample : sample + 1])
+    one = x[sample : sample + 1] if x.is_batch else x
+    assert isinstance(one, MetaTensor)
+    known = _known(one, _matrix(affine))
     return Grid(shape, spacing, None if known is None else _of_axes(known, len(shape)))
 
 
@@ -71,9 +73,10 @@ def affine_of(image: Tensor) -> NDArray[np.float64] | None:
     An image that began with the identity, which is what MONAI gives to arrays without a header, does not lie in any
     known direction, whatever flips and crops have made of it since; letters for right and left would be made up.
     """
-    if not isinstance(image, MetaTensor):
-        return None
-    affine = _matrix(image.affine)
+    return _known(image, _matrix(image.affine)) if isinstance(image, MetaTensor) else None
+
+
+def _known(image: MetaTensor, affine: NDArray[np.float64]) -> NDArray[np.float64] | None:
     if MetaKeys.ORIGINAL_AFFINE in image.meta:
         origin = _matrix(image.meta[MetaKeys.ORIGINAL_AFFINE])
         is_known = not np.array_equal(origin, np.eye(len(origin)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -275,10 +275,17 @@ class ModalityShapley:
     ) -> dict[str, ModalityExplanation]:
         """Explain a batch, and return explanations by target name ("" for a single one)."""
         with open_task(self, network, inputs, label, prediction) as task:
+            targets = task.targets()
+            placed = {name: self._placed(task, target) for name, target in targets.items()}
             return {
-                name: self._explain(task.scoring(target), target, task)
-                for name, target in task.targets().items()
+                name: placed[name]._explain(task.scoring(target), target, task)
+                for name, target in targets.items()
             }
+
+    def _placed(self, task: Task, target: Target) -> ModalityShapley:
+        """Return the same with parts and baselines as they lie on a batch."""
+        baselines = {name: task.placed(baseline, target) for name, baseline in self.baselines.items()}
+        return replace(self, parts=task.placed(self.parts, target), baselines=baselines)
 
     def _explain(self, scoring: Scoring, target: Target, task: Task) -> ModalityExplanation:
         start = time.perf_counter()

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from monai_xai.baselines import Auto, Baseline, BaselineLike, as_baseline
-from monai_xai.errors import UnsupportedInfererError
+from monai_xai.errors import InputError, UnsupportedInfererError
 from monai_xai.forward import Scoring, Tensors
 from monai_xai.spelling import Spelled
 
@@ -72,9 +72,14 @@ class Attributor(Spelled, ABC):
 
 
 class BaselineAttributor(Attributor):
-    """A method with a field ``baseline``, which is coerced: a number or tensor means ``Constant``."""
+    """A method with a field ``baseline``, which is coerced: a number or tensor means ``Constant``.
+
+    ``imputes`` tells whether it asks :meth:`~monai_xai.Baseline.impute` for each part that it takes away, and so can
+    use a conditional baseline such as :class:`~monai_xai.Road`.
+    """
 
     baseline: BaselineLike
+    imputes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "baseline", as_baseline(self.baseline))
@@ -82,6 +87,13 @@ class BaselineAttributor(Attributor):
     def draws(self, scoring: Scoring) -> list[Tensors]:
         """Return the baselines, one tuple in call order for each draw."""
         assert isinstance(self.baseline, Baseline | Mapping)
+        parts = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
+        for part in parts:
+            if isinstance(part, Baseline) and part.conditional and not self.imputes:
+                raise InputError(
+                    f"{part} depends on what is taken away, and {self.name} holds the input against one whole "
+                    "baseline. Use it as the imputer of deletion_curve and its kin, or take Blur(), say, here."
+                )
         return scoring.draw(self.baseline)  # type: ignore[arg-type]
 
     def remedies(self) -> Iterator[Attributor]:

@@ -127,7 +127,7 @@ def read_names(source: str | Path) -> dict[int, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         names = _READERS.get(path.suffix.lower(), _read_lookup)(text)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise InputError(f"The names of structures in {path} cannot be read: {error}") from error
     if not names:
         raise InputError(f"{path} names no structures.")

@@ -106,7 +106,7 @@ class Supervoxels(CaseFeatures):
         if self.within is None:
             return torch.ones_like(plain[:, :1], dtype=torch.bool)
         if isinstance(self.within, str) and self.within == "foreground":
-            return _foreground(plain, plain[0, 0].numel() / self.n_segments)
+            return _foreground(plain, max(plain[0, 0].numel() / self.n_segments, 1))
         find = mask_on_grid if case is None else case.mask
         return find(self.within, x, "Supervoxels(within=...)").cpu()
 

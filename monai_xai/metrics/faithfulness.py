@@ -8,7 +8,7 @@ that see a difference are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
@@ -115,7 +115,7 @@ def deletion_curve(
         explanation: of these inputs, or maps alone (of a control); None explains.
         features: what is taken away together. They are ranked by the sum of the map where values may be added up, else
             by its mean; ties at random.
-        imputer: what takes their place: a baseline, such as :class:`Road`.
+        imputer: what takes their place: a baseline, such as :class:`~monai_xai.Road`.
         steps: how often the score is computed, besides that of the input. The last time is with all features taken
             away, which the curve is normalized by.
         until: the curve ends with this share of the features.
@@ -221,6 +221,9 @@ def _curve(
         if options.score is not None:
             with ask(explainer, network, inputs, options.label, score=options.score) as other:
                 scoring = other.scoring
+        options = replace(
+            options, features=asked.placed(options.features), imputer=asked.placed(options.imputer)
+        )
         players = Players.of(options.features, scoring, options.within, options.keep)
         values, present = _worth(explainer.attributor, maps_of(explained, scoring), players)
         ranks = _ranks(values if options.order == "most" else -values, present, options.seed)
@@ -408,7 +411,7 @@ def fidelity(
         )
         cached = CachedScore(scoring)
         clean = cached.pin(scoring.values)
-        disturb = perturbation.prepare(scoring)
+        disturb = asked.placed(perturbation).prepare(scoring)
 
         def predictions() -> Iterator[tuple[Tensor, Tensors]]:
             for number in scoring.track(range(n_draws), "fidelity", n_draws):
@@ -513,9 +516,9 @@ def sensitivity_n(
             scoring,
             paints=explainer.attributor.paints,
         )
-        players = Players.of(features, scoring, within)
+        players = Players.of(asked.placed(features), scoring, within)
         worth, present = _worth(explainer.attributor, maps, players)
-        impute, cached = Imputation(imputer, scoring), CachedScore(scoring)
+        impute, cached = Imputation(asked.placed(imputer), scoring), CachedScore(scoring)
         clean = real(cached.pin(scoring.values))
         return {
             size: _correlate_sets(
@@ -719,7 +722,7 @@ def necessity_and_sufficiency(
         image = _image_of(scoring, region)
         mask = as_mask(region, image)
         body = torch.ones_like(mask) if within is None else as_mask(within, image, "mask to look within")
-        impute, cached = Imputation(imputer, scoring), CachedScore(scoring)
+        impute, cached = Imputation(asked.placed(imputer), scoring), CachedScore(scoring)
         clean = real(cached.pin(scoring.values))
 
         def score_without(removed: Tensor) -> Tensor:

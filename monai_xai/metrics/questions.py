@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from monai_xai.regions import Needs
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, Question, TargetLike, Task, as_targets, open_task
 
+T = TypeVar("T")
 Explained = Explanation | Mapping[str, Tensor] | Tensor
 """An explanation, or maps alone (of a control, say): by input name, or one tensor for one input."""
 
@@ -82,6 +83,10 @@ class OpenQuestion:
     def names(self) -> tuple[str, ...]:
         """Names of the inputs, in call order."""
         return tuple(self.scoring.inputs)
+
+    def placed(self, words: T) -> T:
+        """Return features, an imputer or a perturbation as they lie on the batch."""
+        return self.task.placed(words, self.target)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def sensitivity(
         frozen = replace(explainer, target=asked.target, progress=False)
         given = explanation_or_maps(explainer, asked, network, inputs, explanation)
         clean = _flat(named_maps(given, asked.names))
-        disturb = perturbation.prepare(asked.scoring)
+        disturb = asked.placed(perturbation).prepare(asked.scoring)
         changes = []
         for number in with_progress(range(n_draws), "sensitivity", shown=explainer.progress):
             found = explain_again(frozen, network, _as_inputs(asked, disturb(number).inputs))
