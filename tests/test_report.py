@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from io import BytesIO
@@ -31,7 +32,7 @@ from monai_xai.report import figures_of_grounding, scalars_of_grounding, write_r
 from monai_xai.report.lamps import lamps_of
 from monai_xai.report.markup import Html, element, number
 from monai_xai.report.names import Disguise
-from monai_xai.report.pictures import figure_of_case
+from monai_xai.report.pictures import figure_of_case, scene_of_case
 
 HOSTILE = '<script>alert("x")</script> O\'Neil & Müller 患者 \x00\ud800'
 BARE: dict[str, Any] = {"tests": (), "curves": {}}  # what makes a report large is left out
@@ -312,6 +313,20 @@ def test_maps_that_cannot_be_drawn_take_nothing_from_the_report(tmp_path: Path) 
     assert "The map is not drawn: A picture needs maps of shape" in page.words
     assert "(none was given)" in page.words
     assert len([tag for tag in page.of("img") if tag["alt"].startswith("Map of case")]) == 3
+
+
+def test_every_image_of_a_case_has_its_map(tmp_path: Path) -> None:
+    pet = replace(a_case("", number=1), name="pet")
+    case = replace(a_case("patient26"), further=(pet,))
+    _, page = written(tmp_path, grounding(tests=(), cases=(case,), curves={}))
+    seen = [tag["alt"] for tag in page.of("img") if tag["alt"].startswith("Map of case")]
+    assert seen == ["Map of case patient26, image", "Map of case patient26, pet"]
+
+
+def test_the_picture_of_a_case_keeps_its_orientation() -> None:
+    case = replace(a_case("a", 3), affine=np.diag([-1.0, -1.0, 2.0, 1.0]))
+    assert scene_of_case(case).geometry.affine is not None
+    assert scene_of_case(a_case("a", 3)).geometry.affine is None
 
 
 def test_nothing_at_all_is_still_a_report(tmp_path: Path) -> None:

@@ -100,11 +100,10 @@ class Evidence:
             raise InputError(f"{self.explanation.method} gives no map on the grid of {self.grid!r}.")
         return torch.stack(parts).sum(0).cpu()
 
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Size of a voxel in millimeters; 1 where nothing tells."""
-        image = self.inputs[self.grid]
-        if self.case.spacing is not None:
+    def spacing_of(self, name: str) -> tuple[float, ...]:
+        """Return the size of a voxel of an image in millimeters; 1 where nothing tells."""
+        image = self.inputs[name]
+        if self.case.spacing is not None and name == self.grid:
             return self.case.spacing
         if isinstance(image, MetaTensor) and image.affine.shape[-1] == image.ndim - 1:
             return tuple(float(size) for size in image.affine[..., :-1, :-1].norm(dim=-2).reshape(-1))

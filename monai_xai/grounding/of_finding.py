@@ -287,7 +287,7 @@ def reached(e: Evidence) -> Tensor:
 def _peak(cohort: Cohort) -> str:
     """Say where the evidence outside of the body is highest, on average."""
     parts = [(e.located().clamp(min=0) * ~reached(e))[0, 0] for e in cohort.cases]
-    if len({part.shape for part in parts}) != 1:
+    if len({part.shape for part in parts}) != 1 or not any(part.any() for part in parts):
         return ""
     total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
     place = np.unravel_index(int(total.argmax()), total.shape)

@@ -13,7 +13,7 @@ from monai_xai.grounding.evidence import Evidence
 from monai_xai.metrics.base import real
 from monai_xai.metrics.localization import structure_table
 
-FINDING, BODY, OUTSIDE = "the marked finding", "the rest of the body", "the outside of the body"
+FINDING, BODY, OUTSIDE = "the marked finding", "the body elsewhere", "the outside of the body"
 
 
 def shares_of_places(

@@ -26,7 +26,7 @@ from monai_xai.grounding.words import (
     GroundingTest,
     Verdict,
 )
-from monai_xai.metrics.base import real
+from monai_xai.metrics.base import as_one_map, real
 
 Masks = Mapping[str, Tensor]
 TITLES = {
@@ -258,18 +258,28 @@ def _weak(tests: Sequence[GroundingTest]) -> str:
 
 
 def _shown(e: Evidence) -> GroundedCase:
-    image = e.inputs[e.grid]
+    others = [name for name, x in e.inputs.items() if name != e.grid and x.ndim > 2 and e.maps[name].ndim > 2]
+    return replace(_image(e, e.grid), id=e.id, further=tuple(_image(e, name) for name in others))
+
+
+def _image(e: Evidence, name: str) -> GroundedCase:
+    """Return one image of a case with its map, summed over channels, and the masks on its grid."""
+    image, values = e.inputs[name], as_one_map(e.maps[name]).cpu()
+    if name == e.grid:
+        values = e.located()
+    fits = image.shape[2:] == e.body.shape[2:]
     return GroundedCase(
-        e.id,
+        "",
         real(image)[0].cpu().numpy(),
-        e.located()[0, 0].numpy(),
-        None if e.region is None else e.region[0, 0].numpy(),
-        None if e.prediction is None else e.prediction.numpy(),
-        e.spacing,
+        values[0, 0].numpy(),
+        None if e.region is None or not fits else e.region[0, 0].numpy(),
+        None if e.prediction is None or not fits else e.prediction.numpy(),
+        e.spacing_of(name),
         e.score,
         e.baseline_score,
         dict(e.per_case),
         affine_of(image),
+        name,
     )
 
 

@@ -177,6 +177,9 @@ class GroundedCase:
         baseline_score: the score at the attributor's baseline; NaN if it has none.
         values: this case's value by id of the test.
         affine: voxels of the image to millimeters (RAS), shape (4, 4) or (3, 3); None where nothing is known.
+        name: of the image among the inputs.
+        further: the other images, such as a PET beside a CT, with their maps; masks only where they lie on the grid of
+            the first one. These have no id.
     """
 
     id: str
@@ -189,6 +192,8 @@ class GroundedCase:
     baseline_score: float
     values: Mapping[str, float]
     affine: np.ndarray | None = None
+    name: str = "image"
+    further: tuple[GroundedCase, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +211,7 @@ class Grounding:
             on with "low" and "high", 95 % bootstrap bands.
         configuration: thresholds, seeds, versions, method, target.
         places: which share of the positive map lies where, the mean over cases: in the finding, in named structures, in
-            the rest of the body, outside of it.
+            the body elsewhere, outside of it.
     """
 
     verdict: Verdict

@@ -203,15 +203,13 @@ def _prediction(grounding: Grounding, case: GroundedCase) -> Html:
 
 
 def _map(grounding: Grounding, case: GroundedCase) -> Html:
+    """Return the map of every image of a case, each with a color scale of its own."""
     is_artifact = grounding.verdict == STAMP
     warning = f"{STAMP}: this map does not describe the model. " if is_artifact else ""
-    try:
-        figure = figure_of_case(grounding, case)
-    except InputError as error:
-        return element("p", f"The map is not drawn: {error}", class_="faint")
-    seen = picture(
-        rasterize_on_white(figure, keep_pictures=True), f"{warning}Map of case {case.id}", _PLOT_SCALE
-    )
+    pictures = [
+        _picture(grounding, part, f"{warning}Map of case {case.id}, {part.name}")
+        for part in (case, *case.further)
+    ]
     words = joined(
         element("strong", warning),
         "Red raises the score, blue lowers it, clear does nothing. Dashed: the marked finding",
@@ -219,8 +217,17 @@ def _map(grounding: Grounding, case: GroundedCase) -> Html:
         ". Green: the prediction",
         "" if case.prediction is not None else " (the network predicts no outline)",
         ". The cross marks the strongest point.",
+        " Each image has a color scale of its own." if case.further else "",
     )
-    return element("figure", seen, element("figcaption", words), class_="map")
+    return element("figure", *pictures, element("figcaption", words), class_="map")
+
+
+def _picture(grounding: Grounding, case: GroundedCase, words: str) -> Html:
+    try:
+        figure = figure_of_case(grounding, case)
+    except InputError as error:
+        return element("p", f"The map is not drawn: {error}", class_="faint")
+    return picture(rasterize_on_white(figure, keep_pictures=True), words, _PLOT_SCALE)
 
 
 def _bars(case: GroundedCase, modalities: ModalityCohort | None) -> Iterator[Html]:

@@ -122,7 +122,7 @@ def scene_of_case(case: GroundedCase) -> Scene:
         attribution=np.asarray(case.attribution)[None],
         image=np.asarray(case.image),
         title="Explanation, summed over channels" if len(case.image) > 1 else "Explanation",
-        channels=() if len(case.image) > 1 else ("image",),
+        channels=() if len(case.image) > 1 else (case.name,),
         prediction=case.prediction,
         label=case.region,
         spacing=tuple(case.spacing) or None,
