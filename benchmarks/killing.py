@@ -55,7 +55,7 @@ def kill_and_resume(folder: Path, kills: int, cases: int, seed: int) -> Outcome:
     chance = random.Random(seed)
     while len(moments) < kills:
         starts += 1
-        before = files_of(hunted / "out" / "xai" / "manifest")
+        before = files_of(hunted / "out" / "xai" / "manifest", without=[".partial-", "settings.json"])
         seconds = chance.uniform(0.02, whole * 0.6)
         if run_apart(hunted, seconds) == 0:  # done before its time: once more
             lost += _compare(calm, hunted)

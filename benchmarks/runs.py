@@ -114,12 +114,12 @@ def write_scan(file: Path, seed: int) -> None:
     nibabel.save(scan, file)
 
 
-def command(folder: Path, *options: str, processes: int = 1) -> list[str]:
+def command(folder: Path, *options: str, processes: int = 1, more: Sequence[str] = ()) -> list[str]:
     """Return the command that a user types."""
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    configs = f"['{folder}/inference.yaml','{folder}/explain.yaml']"
+    configs = str([str(folder / name) for name in ("inference.yaml", "explain.yaml", *more)])
     return [*launch, "monai.bundle", "run", "--config_file", configs, *options]
 
 
@@ -128,10 +128,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def run(folder: Path, *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the bundle with the overlay."""
+def run(
+    folder: Path, *options: str, processes: int = 1, more: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the bundle with the overlay, and with more of them."""
     return subprocess.run(
-        command(folder, *options, processes=processes),
+        command(folder, *options, processes=processes, more=more),
         cwd=folder,
         env=environment(),
         capture_output=True,

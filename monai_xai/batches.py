@@ -86,7 +86,7 @@ class Batch:
             files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
             names = None if files is None else [case_of(file) for file in _as_list(files)]
         names = [f"case{self.place(i)}" for i in range(self.size)] if names is None else _as_list(names)
-        return tuple(_as_name(name) for name in names)
+        return tuple(as_name(name) for name in names)
 
     @cached_property
     def _fed(self) -> Fed:
@@ -187,7 +187,7 @@ def case_of(file: Any) -> str:
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
 
 
-def _as_name(value: Any) -> str:
+def as_name(value: Any) -> str:
     """Return a name that can be printed, also of a file whose name is no text."""
     name = str(value.item() if isinstance(value, Tensor) else value)
     return name.encode("utf-8", "backslashreplace").decode()

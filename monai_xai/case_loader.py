@@ -144,6 +144,8 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     words = " ".join(str(error).split())
+    if isinstance(error, MemoryError) and not words:
+        words = "what the header promises does not fit into memory; it may be damaged"
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 
 from monai_xai.errors import InputError, SettingsChangedError
 from monai_xai.files import as_csv, as_json, checksum, remove_partial_files, write_whole
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +81,10 @@ class Manifest:
 
         Raises:
             SettingsChangedError: if the settings are others, naming them.
+            InputError: if another process is at work there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         remove_partial_files(self.output_dir)
         file = self.folder / "settings.json"
         settings = json.loads(as_json(settings))
@@ -167,6 +175,20 @@ class Manifest:
         rows = [{"case": r.case, **row} for r in known for row in r.outputs]
         write_whole(self.output_dir / "index.json", as_json({"cases": cases, "outputs": rows}))
         write_whole(self.output_dir / "index.csv", as_csv(_for_spreadsheets(row) for row in rows))
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, or is killed; where files cannot be locked, do without."""
+        if fcntl is None:
+            return
+        self._held = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    f"Another run is at work in {self.output_dir}: choose another output folder, or wait for it. "
+                    "Processes that are to share one run must know of each other, see the overlay 'processes'."
+                ) from error
 
     def _file(self, label: str) -> Path:
         return self.folder / f"sub-{label}.json"

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from torch import distributed
 
 _Value = TypeVar("_Value")
+
+
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: as long as their cases take. Of one that dies, the launcher ends all."""
+
+
+def join() -> torch.device:
+    """Join the processes that ``torchrun`` has started, if it has, and return the device of this one.
+
+    The device is a GPU of its own, or the CPU. What tells processes of each other are the environment variables
+    ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which ``torchrun`` sets.
+    """
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_several():
+        distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=_PATIENCE)
+    return device
+
+
+def leave() -> None:
+    """Take leave of the other processes."""
+    if _is_several():
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ from monai.utils.enums import CommonKeys
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from monai_xai.batches import case_of
+from monai_xai.batches import as_name, case_of
 from monai_xai.case_loader import CaseLoader, NotLoaded, cause_of, file_of, items_of
 from monai_xai.cases import ChosenCases, WorstCases
 from monai_xai.errors import AttributionError, CasesFailedError, InputError, XaiError
@@ -275,13 +275,15 @@ class AttributionSaver(CaseKeeper):
         self._commit(places)
 
     def _not_loaded(self, failure: NotLoaded) -> None:
-        words = failure.cause
-        if self.hides_names:
-            words = f"{words.partition(':')[0]} (its words are withheld: they may name the patient)"
         for place in failure.places:
-            name = self._name_at(place)
-            logger.warning("Not loaded: case %s: %s", name, words)
-            self.fail([place], f"case {name}: not loaded: {words}")
+            name, file = self._name_at(place), self._file_at(place)
+            if self.hides_names:
+                kind = failure.cause.partition(":")[0]
+                words = f"not loaded: {kind} (its words are withheld: they may name the patient)"
+            else:
+                words = f"not loaded{f' from {file}' if file else ''}: {failure.cause}"
+            logger.warning("Case %s is %s", name, words)
+            self.fail([place], f"case {name}: {words}")
         self._commit(failure.places)
 
     def _end_iteration(self, engine: Engine) -> None:
@@ -373,14 +375,17 @@ class AttributionSaver(CaseKeeper):
 
     def _name_at(self, place: int) -> str:
         """Return the name of a case that is not loaded, as it is to be seen."""
+        name, file = self._item_at(place).get(self.handlers[0].case_key), self._file_at(place)
+        name = case_of(file) if name is None and file is not None else name
+        return self.name_of(f"case{place}" if name is None else as_name(name))
+
+    def _file_at(self, place: int) -> str | None:
+        return file_of(self._item_at(place).get(CommonKeys.IMAGE))
+
+    def _item_at(self, place: int) -> Mapping[str, Any]:
         items = items_of(self._loader.loader.dataset)
         item = items[place] if items is not None else None
-        name: object = None
-        if isinstance(item, Mapping):
-            name = item.get(self.handlers[0].case_key)
-            file = file_of(item.get(CommonKeys.IMAGE))
-            name = case_of(file) if name is None and file is not None else name
-        return self.name_of(f"case{place}" if name is None else str(name))
+        return item if isinstance(item, Mapping) else {}
 
     def _handoff(self, place: int) -> Path:
         return self.manifest.folder / f"{self._keys[place]}.pt"

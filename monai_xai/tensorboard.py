@@ -40,6 +40,7 @@ from monai_xai.figures import (
 from monai_xai.grids import affine_of
 from monai_xai.handlers import AttributionEvents, ExplainedCase, register_events
 from monai_xai.modalities import ModalityExplanation
+from monai_xai.ranks import rank
 
 logger = logging.getLogger(__name__)
 RGB = 3
@@ -100,6 +101,8 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
                 "TensorBoardAttributionHandler needs a torch.utils.tensorboard.SummaryWriter, which can hold a color "
                 f"animation, got {type(summary_writer).__module__}.{type(summary_writer).__name__}."
             )
+        if summary_writer is None and rank() > 0:
+            summary_writer = _NoWriter()
         super().__init__(summary_writer=summary_writer, log_dir=log_dir)
         self.montage_slices = montage_slices
         self.animation_frames = animation_frames
@@ -225,6 +228,13 @@ class TensorBoardAttributionHandler(TensorBoardHandler):
                 raise
             self.failures += 1
             logger.warning("Not drawn: %s (failure %d): %s", where, self.failures, error, exc_info=error)
+
+
+class _NoWriter(SummaryWriter):
+    """A writer without a file, for all processes but the first one."""
+
+    def __init__(self) -> None:
+        self.file_writer = self.all_writers = None
 
 
 def contributions_of(explanation: Explanation) -> dict[str, float]:
