@@ -305,11 +305,14 @@ class Comparison:
     def as_markdown(self, word: Callable[[str], str] = str) -> str:
         """Return the table of means, with mean ranks in brackets; the best of each criterion is bold.
 
+        Criteria without any value are left out.
+
         Args:
             word: what makes a name safe where the table is shown.
         """
-        columns = ["overall", *self.criteria]
-        heads = ["method", "mean rank", *(_head(name, c) for name, c in self.criteria.items())]
+        known = [name for name in self.criteria if np.isfinite(self.values[name]).any()]
+        columns = ["overall", *known]
+        heads = ["method", "mean rank", *(_head(name, self.criteria[name]) for name in known)]
         lines = ["| " + " | ".join(map(word, heads)) + " |", "|---" * len(heads) + "|"]
         rows = {(row.method, row.criterion): row for row in [*self.overall(), *self.rows()]}
         for method in self.methods:

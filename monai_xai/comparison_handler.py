@@ -244,11 +244,12 @@ def figures_of_comparison(comparison: Comparison) -> Iterator[tuple[str, Figure]
     number = len(comparison.cases)
     cases = f"{number} case{'s' * (number != 1)}; bars: 95 % bootstrap intervals (from 5 cases on)"
     overall = [row for row in comparison.overall() if math.isfinite(row.rank)]
+    everything = comparison.rows()
     if overall:
         counted = "Mean over criteria but costs, 1 is best; p: paired, against the best, Holm"
         yield "ranks", _drawn(overall, "Mean rank", [cases, counted], "rank", [])
     for name, criterion in comparison.criteria.items():
-        rows = [row for row in comparison.rows() if row.criterion == name]
+        rows = [row for row in everything if row.criterion == name]
         if not any(math.isfinite(row.mean) for row in rows):
             continue
         better = {"more": "more is better", "less": "less is better", "": "describes only"}[criterion.better]
@@ -285,10 +286,13 @@ def _note(row: ComparisonRow) -> str:
 
 def text_of_comparison(comparison: Comparison) -> str:
     """Return the table and what has no value as Markdown in which words from data are only words."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in comparison.rows():
+        if row.not_available:
+            reasons.setdefault((row.criterion, row.not_available), []).append(row.method)
     absent = [
-        f"- {plain_words(row.method)}, {plain_words(row.criterion)}: {plain_words(row.not_available)}"
-        for row in comparison.rows()
-        if row.not_available
+        f"- {plain_words(', '.join(methods))}; {plain_words(criterion)}: {plain_words(reason)}"
+        for (criterion, reason), methods in reasons.items()
     ]
     legend = f"{len(comparison.cases)} cases. Means over cases, mean ranks in brackets, the best of a column in bold."
     lines = [comparison.as_markdown(plain_words), "", legend, "", *absent]

@@ -197,7 +197,7 @@ def test_a_method_that_is_refused_takes_nothing_from_the_others() -> None:
     ranks = {row.method: row.rank for row in found.overall()}
     assert math.isnan(ranks["guided"])
     assert all(math.isfinite(ranks[name]) for name in METHODS)
-    assert "guided, deletion area" in html.unescape(text_of_comparison(found))
+    assert "guided; deletion area" in html.unescape(text_of_comparison(found))
 
 
 def test_what_fails_does_not_end_the_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

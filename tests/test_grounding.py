@@ -105,7 +105,7 @@ def judge(networks=USES_LESION, attributor=GRADIENTS, cases=CASES, target=None, 
 
 COMPLETE = {
     "attributor": IntegratedGradients(n_steps=8, baseline=Constant(0.0)),
-    "settings": replace(SETTINGS, n_cascade=1),
+    "settings": replace(SETTINGS, n_cascade=1, insertion=True),
 }
 
 
