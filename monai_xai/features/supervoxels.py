@@ -88,8 +88,12 @@ class Supervoxels(CaseFeatures):
                 f"Supervoxels(n_segments={self.n_segments}) are more than the {count} voxels of the input {name!r} "
                 "that they divide."
             )
-        labels = self._divide(_scaled(plain, inside), inside, self._spacing(x, dims))
-        return torch.from_numpy(labels)[None, None].to(x.device)
+        box = (..., *_bounds(inside))
+        labels = torch.zeros(inside.shape, dtype=torch.long)
+        labels[box] = torch.from_numpy(
+            self._divide(_scaled(plain[box], inside[box]), inside[box], self._spacing(x, dims))
+        )
+        return labels.to(x.device)
 
     def _spacing(self, x: Tensor, dims: int) -> tuple[float, ...]:
         spacing = grids_of(x)[0].spacing if self.spacing is None else tuple(self.spacing)
@@ -129,6 +133,13 @@ class Supervoxels(CaseFeatures):
         found = torch.from_numpy(labels.astype(np.float32))[None, None]
         back = interpolate(found, image.shape[2:], mode="nearest-exact")[0, 0].numpy().astype(np.int64)
         return _filled(back, inside[0, 0].numpy(), spacing)
+
+
+def _bounds(inside: Tensor) -> tuple[slice, ...]:
+    """Return the box around a mask, shape (1, 1, *spatial)."""
+    places = inside[0, 0].nonzero()
+    low, high = places.amin(0).tolist(), places.amax(0).tolist()
+    return tuple(slice(first, last + 1) for first, last in zip(low, high, strict=True))
 
 
 def _scaled(image: Tensor, inside: Tensor) -> Tensor:
