@@ -394,9 +394,9 @@ def compare(
 
 
 _COSTS = {
-    "seconds": Criterion(lambda judged: _known(judged.explanation.seconds, "not measured"), "less", "s"),
+    "seconds": Criterion(lambda judged: _known(judged.explanation.seconds, "not measured"), "less"),
     "peak GiB": Criterion(
-        lambda judged: _known(judged.peak_gib, "not measured on this system"), "less", "GiB"
+        lambda judged: _known(judged.peak_gib, "not measured on this system"), "less"
     ),
 }
 

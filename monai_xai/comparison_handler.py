@@ -23,7 +23,7 @@ from monai_xai.comparison import Comparison, ComparisonRow, Criterion, compare
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.figures import Entry, draw_methods, encode_png, rasterize
-from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, moved, network_of
+from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, network_of, on_device
 from monai_xai.handlers import AttributionEvents, register_events
 from monai_xai.report.markup import plain_words
 from monai_xai.report.names import Disguise, new_salt
@@ -138,9 +138,9 @@ class ComparisonHandler:
         return compare(
             {name: asked_as_run(e, engine, gathered.call) for name, e in self.explainers.items()},
             network,
-            moved(gathered.cases, device),
-            regions=moved(gathered.masks.get("region", {}), device),
-            within=moved(gathered.masks.get("within", {}), device),
+            on_device(gathered.cases, device),
+            regions=on_device(gathered.masks.get("region", {}), device),
+            within=on_device(gathered.masks.get("within", {}), device),
             criteria=self.criteria,
             seed=self.seed,
             progress=self.progress,

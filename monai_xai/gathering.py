@@ -131,7 +131,7 @@ class Gathering:
         if name in {case.id for case in gathered.cases}:
             name = f"{name} ({batch.first + row})"
         gathered.call = batch.call
-        inputs, label = (moved(row_of(x, row), "cpu") for x in (batch.inputs, batch.label))
+        inputs, label = (on_device(row_of(x, row), "cpu") for x in (batch.inputs, batch.label))
         correct = _is_correct(row_of(batch.prediction, row), label)
         gathered.cases.append(GroundingCase(name, inputs, label, correct=correct))
         for what, found in masks.items():
@@ -196,15 +196,15 @@ def device_of(network: nn.Module) -> torch.device:
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
-def moved(value: Any, device: torch.device | str) -> Any:
+def on_device(value: Any, device: torch.device | str) -> Any:
     """Return a tensor, or the tensors in a mapping, list or case, on a device."""
     if isinstance(value, Tensor):
         return value.detach().to(device)
     if isinstance(value, GroundingCase):
-        return replace(value, inputs=moved(value.inputs, device), label=moved(value.label, device))
+        return replace(value, inputs=on_device(value.inputs, device), label=on_device(value.label, device))
     if isinstance(value, Mapping):
-        return {key: moved(part, device) for key, part in value.items()}
-    return [moved(part, device) for part in value] if isinstance(value, list | tuple) else value
+        return {key: on_device(part, device) for key, part in value.items()}
+    return [on_device(part, device) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _is_correct(prediction: Any, label: Any) -> bool | None:

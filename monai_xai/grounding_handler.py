@@ -20,7 +20,7 @@ from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.figures import encode_png, rasterize
 from monai_xai.files import write_whole
-from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, moved, network_of
+from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, network_of, on_device
 from monai_xai.grounding import Grounding, GroundingSettings, ground
 from monai_xai.handlers import AttributionEvents, register_events
 from monai_xai.report import figures_of_grounding, scalars_of_grounding, write_report
@@ -136,7 +136,7 @@ class GroundingHandler:
         return ground(
             asked_as_run(self.explainer, engine, gathered.call),
             network,
-            moved(gathered.cases, device_of(network)),
+            on_device(gathered.cases, device_of(network)),
             regions=gathered.masks.get("region"),
             within=gathered.masks.get("within"),
             second_network=self.second_network,

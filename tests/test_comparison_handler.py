@@ -22,6 +22,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bundles import read_config
 from monai_xai import (
     ComparisonHandler,
     EdgeControl,
@@ -32,6 +33,7 @@ from monai_xai import (
     RegionScore,
     Saliency,
     TensorBoardComparisonHandler,
+    overlays,
 )
 from monai_xai.comparison import Comparison, Criterion, default_criteria
 from monai_xai.comparison_handler import figures_of_comparison, summary_of, text_of_comparison
@@ -258,3 +260,24 @@ def test_the_summary_names_the_best_and_those_that_are_not_told_apart() -> None:
         r"[ab] has the best mean rank, 1.50 of 3, over 12 cases; not told apart .*: [ab]\.$",
         summary_of(found),
     )
+
+
+BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
+OWN = ("ct_pet_classification", "image_tabular_classification", "multisequence_regression")
+
+
+@pytest.mark.parametrize("kind", ["comparison", "grounding"])
+@pytest.mark.parametrize("bundle", [*OWN, "ms_lesion_segmentation"])
+def test_every_bundle_can_be_compared_and_judged(bundle: str, kind: str) -> None:
+    configs = BUNDLES / bundle / "configs"
+    own = configs / f"{kind}.yaml"
+    assert own.is_file() == (bundle in OWN)  # the others take what is shipped
+    merged = read_config(configs / "inference.yaml", own if own.is_file() else overlays.path(kind))
+    assert merged["initialize"][-1] == f"$@{kind}_handler.attach(@evaluator)"
+    assert set(merged[f"{kind}_handler"]) <= {
+        "_target_", "explainer", "explainers", "target", "region", "cases", "settings", "output_dir", "log_dir"
+    }  # fmt: skip
+    if kind == "comparison":
+        methods = merged.get_parsed_content("comparison_methods")
+        assert len([name for name in methods if not name.endswith("Control")]) >= 6
+        assert {"EdgeControl", "NoiseControl"} <= set(methods)
