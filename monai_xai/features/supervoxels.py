@@ -88,7 +88,7 @@ class Supervoxels(CaseFeatures):
                 f"Supervoxels(n_segments={self.n_segments}) are more than the {count} voxels of the input {name!r} "
                 "that they divide."
             )
-        box = (..., *_bounds(inside))
+        box = (slice(None), slice(None), *_bounds(inside))
         labels = torch.zeros(inside.shape, dtype=torch.long)
         labels[box] = torch.from_numpy(
             self._divide(_scaled(plain[box], inside[box]), inside[box], self._spacing(x, dims))
