@@ -73,6 +73,7 @@ from monai_xai.errors import (
     EmptyRegionError,
     InputError,
     SettingsChangedError,
+    UnsupportedBundleError,
     UnsupportedInfererError,
     UnsupportedNetworkError,
     XaiError,
@@ -116,6 +117,7 @@ from monai_xai.modalities import ModalityExplanation, ModalityShapley, additive_
 from monai_xai.regions import Box, Component, Labeled, Mask, Predicted, Region, Voxel
 from monai_xai.report import write_report
 from monai_xai.saver import AttributionSaver
+from monai_xai.stitching import StitchedNetwork
 from monai_xai.tables import ClinicalVariables, Reading, ReferenceRecord, TableSchema, Variable
 from monai_xai.targets import (
     ClassScore,
@@ -129,7 +131,6 @@ from monai_xai.targets import (
 )
 from monai_xai.tensorboard import TensorBoardAttributionHandler
 from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
-from monai_xai.windows import StitchedNetwork
 
 __version__ = "0.1.0"
 
@@ -265,6 +266,7 @@ __all__ = [
     "TensorBoardAttributionHandler",
     "TensorBoardComparisonHandler",
     "TensorBoardGroundingHandler",
+    "UnsupportedBundleError",
     "UnsupportedInfererError",
     "UnsupportedNetworkError",
     "Variable",

@@ -69,6 +69,7 @@ class PerturbedScores:
         self._memory_gib = memory_gib
         self._size = 0
         self._unchecked: tuple[Trial[Any], Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Tensor]]:
         """Yield the key of each trial with its scores, shape (n,)."""
@@ -167,8 +168,17 @@ class PerturbedScores:
             return [first.term(first.part)]
         columns = zip(*((*trial.part, *trial.term.selection()) for trial in trials), strict=True)
         with torch.no_grad():
-            scores: Tensor = first.term.function(*map(torch.cat, columns))
+            batch = [self._join(number, rows) for number, rows in enumerate(columns)]
+            scores: Tensor = first.term.function(*batch)
         return list(scores.split([len(trial.part[0]) for trial in trials]))
+
+    def _join(self, number: int, rows: tuple[Tensor, ...]) -> Tensor:
+        """Return an argument of all trials, in memory that is kept: new memory costs more than the copy."""
+        count, kept = sum(map(len, rows)), self._kept.get(number)
+        if kept is None or len(kept) < count or kept.shape[1:] != rows[0].shape[1:] or kept.dtype != rows[0].dtype:
+            kept = self._kept[number] = torch.cat(rows)
+            return kept
+        return torch.cat(rows, out=kept[:count])
 
 
 class CachedScore:

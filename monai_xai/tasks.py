@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from monai_xai.calls import CalledNetwork, CallForm, find_embeddings
+from monai_xai.calls import CalledNetwork, CallForm, ReplayedInferer, find_embeddings
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import is_place
 from monai_xai.forward import (
@@ -29,15 +29,9 @@ from monai_xai.grids import Case
 from monai_xai.networks import require_module
 from monai_xai.placing import place
 from monai_xai.regions import Needs, Region
+from monai_xai.stitching import StitchedNetwork, StitchedTerm
 from monai_xai.targets import FunctionTarget, Target
-from monai_xai.windows import (
-    StitchedNetwork,
-    StitchedTerm,
-    is_sliding_window,
-    output_channels,
-    plan_windows,
-    window_scoring,
-)
+from monai_xai.windows import is_sliding_window, output_channels, plan_windows, window_scoring
 
 Inputs = Tensor | Mapping[str, Tensor]
 Label = Tensor | Mapping[str, Tensor] | None
@@ -202,7 +196,8 @@ class Task:
             return self.network
         if sliding := self._sliding:
             return StitchedNetwork(self.network, sliding, head, progress=self.progress)
-        return InfererNetwork(self.network, self.inferer)
+        is_replayed = isinstance(self.inferer, ReplayedInferer)
+        return InfererNetwork(self.network.network if is_replayed else self.network, self.inferer)
 
     def _output(self, target: Target) -> Tensor:
         """Return the clean prediction; where its values are not looked at, a tensor of its shape as far as needed."""

@@ -3,8 +3,8 @@
 A sliding-window prediction is ``S(p) = sum_w a_w(p) f(x_w)(p) / A(p)`` with windows ``w``, importance weights ``a_w``
 and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one window's graph:
 
-- :class:`StitchedNetwork` is that prediction as a differentiable module: forward as the inferer does it, backward
-  window by window with recomputation. It serves every differentiable target.
+- :class:`~monai_xai.stitching.StitchedNetwork` is that prediction as a differentiable module: forward as the inferer
+  does it, backward window by window with recomputation. It serves every differentiable target.
 - :func:`window_scoring` uses that a score linear in the stitched output, ``sum_p m(p) S(p)``, is a sum of window
   scores ``s_w(x_w) = sum_p m(p) a_w(p) / A(p) f(x_w)(p)``. Windows without region are skipped, no stitched forward is
   needed, and methods that work by hooks run window by window and add up.
@@ -13,9 +13,8 @@ and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Number
 from typing import Any, ClassVar
@@ -34,11 +33,8 @@ from monai_xai.forward import (
     Scoring,
     Tensors,
     Term,
-    WholeTerm,
     count_not_finite,
-    with_progress,
 )
-from monai_xai.memory import GIB
 from monai_xai.targets import Target, pick_head
 
 Place = tuple[slice, ...]
@@ -220,107 +216,6 @@ def plan_windows(inferer: SlidingWindowInferer, inputs: Sequence[Tensor]) -> Win
     return Windows(inferer, tuple(images[0].shape[2:]), images[0].dtype, images[0].device)
 
 
-class StitchedNetwork(nn.Module):
-    """A network seen through a sliding-window inferer, as one differentiable function of whole inputs.
-
-    Forward is the inferer's own call, without a graph. Backward recomputes window by window and pulls the cotangent
-    back through ``a_w / A``, so that memory stays within one window's graph.
-
-    Args:
-        network: sees windows of every image, and every vector whole.
-        inferer: the sliding-window inferer.
-        head: the part of the network's output that is stitched.
-        progress: whether a long backward pass shows a bar.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        inferer: SlidingWindowInferer,
-        head: str | int | None = None,
-        *,
-        progress: bool = False,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self.inferer = inferer
-        self.head = head
-        self.progress = progress
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return _Stitch.apply(self, *inputs)  # type: ignore[no-untyped-call]
-
-    def predict(self, *inputs: Tensor) -> Tensor:
-        """Return the stitched prediction, shape (N, C, *spatial), by the inferer's own call."""
-        windows = plan_windows(self.inferer, inputs)
-        if len(inputs) == 1:
-            return self._infer(windows, inputs[0], inputs)
-        rows = []
-        for sample in range(inputs[0].shape[0]):
-            row = [x[sample : sample + 1] for x in inputs]
-            images = torch.cat([x for x in row if windows.is_image(x)], dim=1)
-            rows.append(self._infer(windows, images, row))
-        return torch.cat(rows)
-
-    def _infer(self, windows: Windows, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """Call the inferer on concatenated images; the predictor splits them and adds vectors of the one sample."""
-        channels = [x.shape[1] for x in inputs if windows.is_image(x)]
-
-        def predict(window: Tensor) -> Tensor:
-            parts = iter(window.split(channels, dim=1))
-            row = (
-                next(parts).clone() if windows.is_image(x) else x.expand(len(window), -1).to(window)
-                for x in inputs
-            )
-            return window_output(self.network(*row), self.head, window.shape[2:])
-
-        return pick_head(self.inferer(images, predict), None).to(images.device)
-
-    def pull_back(
-        self, cotangent: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Return the gradient of ``sum(cotangent * output)`` with respect to the needed inputs."""
-        windows = plan_windows(self.inferer, inputs)
-        padded = [windows.pad(x) for x in inputs]
-        totals = [torch.zeros_like(x) for x in padded]
-        weights = _share_among_windows(windows, cotangent)
-        terms = _window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weights, inputs)
-        for term in with_progress(terms, "windows", shown=self.progress):
-            _, gradients = term.gradient(term.cut(padded))
-            term.add(totals, gradients)
-        return [windows.unpad(total) if need else None for total, need in zip(totals, needed, strict=True)]
-
-
-class _Stitch(torch.autograd.Function):
-    """Stitch without a graph; recompute window by window in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, stitched: StitchedNetwork, *inputs: Tensor) -> Tensor:
-        ctx.stitched = stitched
-        ctx.save_for_backward(*inputs)
-        return stitched.predict(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.stitched.pull_back(cotangent, ctx.saved_tensors, ctx.needs_input_grad[1:])
-
-
-class _Contraction(nn.Module):
-    """The network's window output, contracted with weights: ``(*inputs, weights)`` to (n,)."""
-
-    def __init__(self, network: nn.Module, head: str | int | None, n_inputs: int) -> None:
-        super().__init__()
-        self.network = network
-        self.head = head
-        self.n_inputs = n_inputs
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        inputs, weights = arguments[: self.n_inputs], arguments[self.n_inputs]
-        output = window_output(self.network(*inputs), self.head, weights.shape[2:])
-        return (output * weights).flatten(1).sum(1)
-
-
 def window_output(output: Any, head: str | int | None, size: Sequence[int]) -> Tensor:
     """Return the dense output of a window, on the grid of the window.
 
@@ -395,7 +290,7 @@ class WindowTerm(Term):
         return (self.samples, slice(None), *self.place) if self.windows.is_image(x) else (self.samples,)
 
 
-def _window_terms(
+def window_terms(
     windows: Windows, function: nn.Module, weights: Tensor, inputs: Sequence[Tensor]
 ) -> list[WindowTerm]:
     """Return a term for every window of every sample in which some weight is not zero."""
@@ -408,7 +303,7 @@ def _window_terms(
     ]
 
 
-def _share_among_windows(windows: Windows, weights: Tensor) -> Tensor:
+def share_among_windows(windows: Windows, weights: Tensor) -> Tensor:
     """Return weights of the image divided by the total importance, on the padded image.
 
     Raises:
@@ -455,110 +350,6 @@ def window_scoring(
     """
     values = tuple(inputs.values())
     windows = plan_windows(inferer, values)
-    weights = _share_among_windows(windows, selection.to(device=windows.device, dtype=windows.dtype))
-    terms = _window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
+    weights = share_among_windows(windows, selection.to(device=windows.device, dtype=windows.dtype))
+    terms = window_terms(windows, ScoreFunction(network, target, len(values)), weights, values)
     return Scoring(inputs, terms, padding=windows)
-
-
-@dataclass(frozen=True)
-class StitchedTerm(WholeTerm):
-    """The one term of a score that is not linear in the stitched prediction: the whole prediction is looked at.
-
-    Args:
-        function: around a :class:`StitchedNetwork`.
-        selected: the further arguments of the function.
-    """
-
-    joins_batches: bool = False
-
-    def near(self, inputs: Sequence[Tensor]) -> Term:
-        assert isinstance(self.function, ScoreFunction) and isinstance(self.function.network, StitchedNetwork)
-        return StitchedNearTerm(self.function, self.selected, clean=_Stitching(self.function.network, inputs))
-
-
-@dataclass(frozen=True)
-class StitchedNearTerm(StitchedTerm):
-    """A :class:`StitchedTerm` at inputs near some clean ones: only windows that see a difference are computed.
-
-    Args:
-        function: around a :class:`StitchedNetwork`.
-        selected: the further arguments of the function.
-        clean: the clean prediction.
-    """
-
-    clean: _Stitching = field(kw_only=True)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        assert isinstance(self.function, ScoreFunction)
-        with torch.no_grad(), self.clean.updated(inputs) as output:
-            return self.function.target.score(output, *self.selected)
-
-
-KEPT_GIB = 1.0
-"""GiB of clean window outputs that are kept while a stitched prediction is updated; others are computed again."""
-
-
-class _Stitching:
-    """A stitched prediction that is updated in place where inputs differ from clean ones, and then restored.
-
-    Args:
-        stitched: the network.
-        inputs: the clean inputs.
-    """
-
-    def __init__(self, stitched: StitchedNetwork, inputs: Sequence[Tensor]) -> None:
-        self._stitched, self._inputs = stitched, inputs
-        self._windows = plan_windows(stitched.inferer, inputs)
-        self._clean = [self._windows.pad(x) for x in inputs]
-        self._kept: dict[int, Tensor] = {}
-
-    @cached_property
-    def _output(self) -> Tensor:
-        """The prediction, on the padded grid."""
-        return self._windows.pad_with_zeros(self._stitched.predict(*self._inputs))
-
-    @cached_property
-    def _terms(self) -> list[WindowTerm]:
-        outputs = _Output(self._stitched.network, self._stitched.head, self._windows.size)
-        return _window_terms(self._windows, outputs, torch.ones_like(self._output[:, :1]), self._inputs)
-
-    @contextmanager
-    def updated(self, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Give the prediction at other inputs, shape (N, C, *spatial), inside the block."""
-        padded = [self._windows.pad(x) for x in inputs]
-        before: list[tuple[Place, Tensor]] = []
-        for number, term in enumerate(self._terms):
-            part, clean = term.cut(padded), term.cut(self._clean)
-            if all(map(torch.equal, part, clean)):
-                continue
-            change = term.function(*(x.clone() for x in part)) - self._clean_output(number, clean)
-            index = term.index(self._output)
-            before.append((index, self._output[index].clone()))
-            self._output[index] += change.to(self._output) * term.blending()
-        try:
-            yield self._windows.crop(self._output)
-        finally:
-            for index, values in reversed(before):
-                self._output[index] = values
-
-    def _clean_output(self, number: int, part: Tensors) -> Tensor:
-        """Return what the network gives for a window of the clean inputs."""
-        if number in self._kept:
-            return self._kept[number]
-        output: Tensor = self._terms[number].function(*(x.clone() for x in part))
-        if (len(self._kept) + 1) * output.nbytes <= KEPT_GIB * GIB:
-            self._kept[number] = output
-        return output
-
-
-class _Output(nn.Module):
-    """The network's output on a window, on the grid of the window."""
-
-    def __init__(self, network: nn.Module, head: str | int | None, size: Sequence[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.head = head
-        self.size = size
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return window_output(self.network(*inputs), self.head, self.size)

@@ -29,6 +29,7 @@ FLOORS = {
     "calls": 1,
     "forward": 1,
     "windows": 1,
+    "stitching": 1,
     "networks": 1,
     "operations": 1,
     "perturbed": 1,
@@ -57,6 +58,8 @@ FLOORS = {
     "grounding_handler": 5,
     "comparison_handler": 5,
     "overlays": 6,
+    "bundle_heads": 6,
+    "bundle_runs": 6,
     "__main__": 6,
 }
 # The few arrows between neighbors on one floor.
@@ -73,6 +76,7 @@ NEIGHBORS = {
     "calls": {"networks"},
     "forward": {"calls", "networks"},
     "windows": {"forward"},
+    "stitching": {"forward", "windows"},
     "operations": {"forward", "networks"},
     "perturbed": {"forward"},
     "explainer": {"tasks"},
@@ -89,7 +93,8 @@ NEIGHBORS = {
     "gathering": {"batches"},
     "grounding_handler": {"gathering", "handlers", "report", "tensorboard"},
     "comparison_handler": {"gathering", "handlers", "report", "tensorboard"},
-    "__main__": {"overlays"},
+    "bundle_runs": {"bundle_heads", "overlays"},
+    "__main__": {"bundle_runs", "overlays"},
 }
 # Hosts that only some floors may touch.
 HOSTS = {
