@@ -171,6 +171,8 @@ class AttributionHandler:
             raise InputError(
                 f"AttributionHandler(interval={interval!r}) must be a number from 1 or a list of epochs."
             )
+        if not all(isinstance(name, str) and name for name in (key, case_key)):
+            raise InputError(f"AttributionHandler(key={key!r}, case_key={case_key!r}) must both be names.")
         self.explainers = _named(explainer)
         self.has_one_map = not isinstance(explainer, Mapping) and _has_one_target(explainer)
         self.cases = as_cases(cases)

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -89,7 +90,10 @@ class Manifest:
         file = self.folder / "settings.json"
         settings = json.loads(as_json(settings))
         before = self._read(file)
-        changed = [] if before is None else list(_differences(before, settings))
+        if before is None:
+            changed = ["what they were is not known"] if self.records() else []
+        else:
+            changed = list(_differences(before, settings))
         if changed and not overwrite:
             raise SettingsChangedError(
                 f"{self.output_dir} holds the results of a run with other settings: {'; '.join(changed)}. Choose "
@@ -180,9 +184,11 @@ class Manifest:
         """Hold the folder until this process ends, or is killed; where files cannot be locked, do without."""
         if fcntl is None:
             return
-        self._held = (self.folder / ".lock").open("w")
+        held = os.open(
+            self.folder / ".lock", os.O_RDWR | os.O_CREAT
+        )  # never closed, which would let go of it
         try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(

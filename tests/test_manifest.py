@@ -217,6 +217,13 @@ def test_other_settings_are_refused_by_name(bundle: Path, setting: str, value: A
     assert everything(bundle) == before
 
 
+def test_results_whose_settings_are_lost_are_not_mixed_with_others(bundle: Path) -> None:
+    run_here(bundle)
+    (bundle / "out" / "xai" / "manifest" / "settings.json").unlink()
+    with pytest.raises(SettingsChangedError, match="not known"):
+        run_here(bundle)
+
+
 def test_overwrite_removes_what_other_settings_made(calm: Path, bundle: Path) -> None:
     run_here(bundle, **{"explainer::attributor::n_steps": 3})
     run_here(bundle, **{"saver::overwrite": True})
@@ -244,7 +251,9 @@ def test_fingerprint_is_of_weights_and_buffers() -> None:
 
 def test_a_case_that_cannot_be_loaded_takes_nothing_from_the_others(calm: Path, bundle: Path) -> None:
     (bundle / "scans" / "p2.nii.gz").write_bytes(b"no NIfTI")
-    with pytest.raises(CasesFailedError, match=r"1 of 4 cases .*\n  case p2: not loaded from scans/p2.nii.gz: .*gzip"):
+    with pytest.raises(
+        CasesFailedError, match=r"1 of 4 cases .*\n  case p2: not loaded from scans/p2.nii.gz: .*gzip"
+    ):
         run_here(bundle)
     for case in ("p1", "p3", "p4"):
         assert files_of(bundle / "out" / "xai" / f"sub-{case}") == files_of(
@@ -483,3 +492,10 @@ def test_explanations_come_back_from_text_as_they_were() -> None:
 def test_errors_of_runs_are_in_the_tree() -> None:
     assert issubclass(CasesFailedError, XaiError)
     assert issubclass(SettingsChangedError, XaiError)
+
+
+def test_a_second_run_in_one_folder_is_refused(bundle: Path) -> None:
+    manifest = Manifest(bundle / "out" / "xai")
+    manifest.open({})
+    assert run_apart(bundle) == 1
+    assert not manifest.records()
