@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.utils.enums import CommonKeys
 from torch import Tensor
 
-from monai_xai.calls import CallForm
+from monai_xai.calls import CallForm, RecordingInferer
 from monai_xai.errors import InputError
 from monai_xai.forward import preserved_generators
 
@@ -95,6 +95,7 @@ class Batch:
         if isinstance(output, dict) and fed.call not in ("mapping", "sequence"):
             own = output.get(CommonKeys.IMAGE)
             label = output.get(CommonKeys.LABEL, fed.label)
+            label = fed.label if isinstance(label, list | tuple) and not label else label
             inputs = fed.inputs if own is None else {**fed.inputs, CommonKeys.IMAGE: own}
             return replace(fed, inputs=inputs, label=label)
         return fed
@@ -116,7 +117,13 @@ class Fed:
 
 
 def _read(engine: Engine) -> Fed:
-    """Read the batch as the engine's own ``prepare_batch`` does; of a plain engine, as image and label."""
+    """Read the batch as the engine's own ``prepare_batch`` does; of a plain engine, as image and label.
+
+    Of an engine that calls its inferer in a way of its own, read what it has called it with.
+    """
+    inferer = getattr(engine, "inferer", None)
+    if isinstance(inferer, RecordingInferer) and isinstance(inferer.inputs, Tensor):
+        return _read_recorded(inferer.inputs)
     prepare = getattr(engine, "prepare_batch", None)
     if prepare is None:
         return _read_plain(engine.state.batch)
@@ -128,6 +135,7 @@ def _read(engine: Engine) -> Fed:
             **engine.to_kwargs,
         )
     image, label, *further = batch
+    label = None if isinstance(label, list | tuple) and not label else label
     arguments, keywords = further or ((), {})
     if isinstance(image, Mapping):
         return Fed(_tensors(image), label, "mapping")
@@ -139,6 +147,15 @@ def _read(engine: Engine) -> Fed:
         names = [f"input{i + 1}" for i in range(len(arguments))]
     inputs = {CommonKeys.IMAGE.value: image, **dict(zip(names, arguments, strict=True)), **keywords}
     return Fed(_tensors(inputs), label, tuple(keywords) if keywords else "arguments")
+
+
+def _read_recorded(inputs: Tensor) -> Fed:
+    if len(inputs) > 1:
+        raise InputError(
+            "An engine that calls its inferer in a way of its own, with prompts say, can be explained one case at a "
+            f"time, got a batch of {len(inputs)}: set the batch size of its data loader to 1."
+        )
+    return Fed({CommonKeys.IMAGE.value: inputs}, None)
 
 
 def _read_plain(batch: Any) -> Fed:

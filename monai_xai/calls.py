@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_xai.errors import InputError, UnsupportedNetworkError
@@ -92,6 +93,46 @@ class EmbeddedInput:
     def replace(self, values: Tensor) -> Any:
         """Let the embedding return these values; the handle takes it back."""
         return self.layer.register_forward_hook(lambda module, arguments, output: values.to(output))
+
+
+class RecordingInferer(Inferer):
+    """An inferer that keeps how an engine of its own making called it last.
+
+    Args:
+        inferer: the engine's; its attributes can be read here too.
+    """
+
+    def __init__(self, inferer: Inferer) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.inputs: Any = None
+        self.replay: ReplayedInferer | None = None
+
+    def __call__(self, inputs: Any, network: Any, *args: Any, **kwargs: Any) -> Any:
+        self.inputs, self.replay = inputs, ReplayedInferer(self.inferer, args, kwargs)
+        return self.inferer(inputs, network, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inferer"], name)
+
+
+class ReplayedInferer(Inferer):
+    """An inferer that is called as an engine has called it, with its prompts, at other inputs.
+
+    Args:
+        inferer: the engine's; gets the network as it is, not behind a :class:`CalledNetwork`.
+        args: what came after the network, by position.
+        kwargs: what came by keyword.
+    """
+
+    def __init__(self, inferer: Inferer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inferer = inferer
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs)
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.inferer(inputs, network, *self.args, **self.kwargs)
 
 
 def called_by_position(network: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@
     │   └── SettingsChangedError              a run is to be continued under other settings
     ├── UnsupportedNetworkError (ValueError)  the method is not defined on this network
     ├── UnsupportedInfererError (ValueError)  a setting of the inferer has no exact attribution
+    ├── UnsupportedBundleError (ValueError)   a bundle has nothing that could be explained
     └── AttributionError (RuntimeError)       the method failed while it ran
         └── CasesFailedError                  cases of a run are not explained; the others are complete
 """
@@ -37,6 +38,10 @@ class UnsupportedNetworkError(XaiError, ValueError):
 
 class UnsupportedInfererError(XaiError, ValueError):
     """A setting of the inferer cannot be honored exactly; names the setting."""
+
+
+class UnsupportedBundleError(XaiError, ValueError):
+    """A bundle has nothing that could be explained, or only in part; says why, and what can be asked."""
 
 
 class AttributionError(XaiError, RuntimeError):

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from ignite.engine import Engine, EventEnum, Events
 from monai.data import MetaTensor
-from monai.engines import Evaluator, Trainer
+from monai.engines import Evaluator, SupervisedEvaluator, Trainer
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
 from torch import Tensor
 
 from monai_xai.batches import Batch, row_of
+from monai_xai.calls import RecordingInferer
 from monai_xai.cases import Cases, as_cases
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import AttributionError, InputError, XaiError
@@ -198,6 +199,7 @@ class AttributionHandler:
     def _start_epoch(self, engine: Engine) -> None:
         self._seen = 0
         self.cases.start_epoch()
+        _record_calls(engine)
 
     def _end_epoch(self, engine: Engine) -> None:
         if self.keeper is None and self._is_due_in(engine.state.epoch) and (missing := self.cases.missing()):
@@ -278,6 +280,7 @@ class AttributionHandler:
         prediction: Any,
     ) -> Mapping[str, AnyExplanation]:
         network, own = self._network(engine), getattr(engine, "inferer", None)
+        own = own.replay if isinstance(own, RecordingInferer) else own
         is_what_ran = (
             isinstance(engine, Evaluator)
             and (explainer.inferer is None or explainer.inferer is own)
@@ -451,6 +454,15 @@ def _is_interval(value: object) -> bool:
     if isinstance(value, int):
         return value >= 1
     return isinstance(value, Sequence) and all(isinstance(epoch, int) for epoch in value)
+
+
+def _record_calls(engine: Engine) -> None:
+    """Let an evaluator with an iteration of its own keep how it calls its inferer, to be called so again."""
+    own = getattr(engine, "inferer", None)
+    if not isinstance(engine, SupervisedEvaluator) or isinstance(own, RecordingInferer):
+        return
+    if type(engine)._iteration is not SupervisedEvaluator._iteration and isinstance(own, Inferer):
+        engine.inferer = RecordingInferer(own)
 
 
 def _event(engine: Engine) -> Any:

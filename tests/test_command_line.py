@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from monai.bundle import ConfigParser
 
-from monai_xai import attributors
-from monai_xai.__main__ import layers, methods, overlay
+from monai_xai import attributors, overlays
+from monai_xai.__main__ import compare_methods, explain, judge, layers, main, methods, modalities, overlay
 from monai_xai.errors import InputError
+
+BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "ms_lesion_segmentation"
 
 
 def test_methods_lists_every_method_with_the_facts_of_its_class():
@@ -49,22 +53,72 @@ def test_layers_lists_what_a_network_gives_and_marks_the_choice_of_cams(tmp_path
         layers(str(config))
 
 
-@pytest.mark.parametrize("name", ["inference", "train", "flat"])
-def test_an_overlay_is_a_file(name):
-    assert overlay(name).endswith(f"{name}.yaml")
-    assert Path(overlay(name)).is_file()
+@pytest.mark.parametrize("name", overlays.names())
+def test_an_overlay_is_printed_to_be_edited_and_says_where_it_is(name, tmp_path):
+    file = tmp_path / "xai.yaml"
+    file.write_text(overlay(name))
+    assert ConfigParser.load_config_file(file) == ConfigParser.load_config_file(overlay(name, path=True))
 
 
 def test_an_overlay_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(
-        InputError, match="no overlay 'inferrence'; there are flat, grounding, inference, modalities, train"
+        InputError, match="no overlay 'inferrence'; there are comparison, explain, flat, grounding"
     ):
         overlay("inferrence")
 
 
-def test_help_teaches():
-    command = [sys.executable, "-m", "monai_xai", "overlay", "--help"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={"PAGER": "cat", "PATH": "/usr/bin"}
+def test_a_dry_run_prints_the_config_that_would_run():
+    config = yaml.safe_load(
+        explain(str(BUNDLE), case="patient3,5", target="lesion", method="Saliency", dry_run=True)
     )
-    assert "monai.bundle run --config_file" in result.stdout + result.stderr
+    assert config["explain_target"] == {"_target_": "monai_xai.RegionScore", "channel": 1}
+    assert config["explain_method"] == {"_target_": "monai_xai.Saliency"}
+    assert config["initialize"][-3]["cases"] == ["patient3", 5]
+    assert config["bundle_root"] == str(BUNDLE)
+
+
+def test_all_cases_and_any_other_setting():
+    config = yaml.safe_load(
+        explain(str(BUNDLE), case="all", dry_run=True, overwrite=True, **{"explain_board::cases": 2})
+    )
+    assert config["explain_handler"]["cases"] is None
+    assert "choose_cases" not in str(config["initialize"])
+    assert config["explain_saver"]["overwrite"] is True
+    assert config["explain_board"]["cases"] == 2
+
+
+def test_names_are_hidden_under_a_secret_that_is_not_written(monkeypatch):
+    monkeypatch.delenv("XAI_SALT", raising=False)
+    with pytest.raises(InputError, match="XAI_SALT"):
+        explain(str(BUNDLE), anonymize=True, dry_run=True)
+    monkeypatch.setenv("XAI_SALT", "a secret")
+    text = explain(str(BUNDLE), anonymize=True, dry_run=True)
+    assert "a secret" not in text
+    saver = ConfigParser(yaml.safe_load(text)["explain_saver"])
+    assert saver["anonymize"] is True
+    assert saver.get_parsed_content("salt") == "a secret"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(modalities, "modalities"), (compare_methods, "comparison"), (judge, "grounding")]
+)
+def test_other_questions_are_asked_of_a_bundle_in_the_same_way(command, name):
+    config = yaml.safe_load(command(str(BUNDLE), case=1, target=1, output="out", dry_run=True))
+    assert config["initialize"][-1 if name != "modalities" else -3].startswith("$@")
+    assert config["output_dir"] == str(Path("out").resolve())
+    assert "choose_cases" in str(config["initialize"])
+
+
+def test_an_error_comes_without_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["monai_xai", "explain", "--bundle", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"UnsupportedBundleError: .* has no configs/inference"):
+        main()
+
+
+@pytest.mark.parametrize("command", ["explain", "modalities", "compare", "ground", "overlay", "layers"])
+def test_help_teaches(command):
+    line = [sys.executable, "-m", "monai_xai", command, "--help"]
+    result = subprocess.run(
+        line, capture_output=True, text=True, check=True, env={"PAGER": "cat", "PATH": "/usr/bin"}
+    )
+    assert f"monai_xai {command} " in result.stdout + result.stderr

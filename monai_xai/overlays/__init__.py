@@ -14,7 +14,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('comparison', 'flat', 'grounding', 'inference', 'modalities', 'train')
+        ('comparison', 'explain', 'flat', 'grounding', 'inference', 'modalities', 'processes', 'train')
     """
     return tuple(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
 
@@ -23,8 +23,10 @@ def path(name: str) -> Path:
     """Return the file of an overlay, for ``python -m monai.bundle run --config_file "['...', '<this file>']"``.
 
     Args:
-        name: "inference" for a bundle's inference, "modalities" for what each of its sequences or images gives,
+        name: "explain" for a bundle's inference, in a run that can be interrupted, "inference" for one that saves maps
+            through the bundle's own post-processing, "modalities" for what each of its sequences or images gives,
             "grounding" for a verdict on its explanations, "comparison" for which method explains it best,
+            "processes" to spread a run over several processes, behind one of the others,
             "train" for its training or evaluation where the validation is ``validate::evaluator``, "flat" where it is
             plain ``evaluator``.
 
