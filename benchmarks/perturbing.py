@@ -238,7 +238,7 @@ def shapley() -> list[str]:
             found = method.attribute(torch.ones(1, count), 0.0, n_samples=n_samples)[0].double()
             return asked * 27, found
 
-        reference = ours(400, 1000)[1]
+        reference = ours(120, 1000)[1]
         found = {"ours": [ours(n, 1) for n in (2, 4, 8, 16)], "Captum": [theirs(n) for n in (1, 2, 4, 8)]}
     lines = [
         "\n| Shapley values of 216 blocks | window evaluations | root-mean-square error |",

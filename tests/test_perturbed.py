@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import captum.attr
@@ -28,6 +29,7 @@ from monai_xai import (
     Predicted,
     RegionScore,
     Rise,
+    Road,
     ShapleyValues,
     ShapleyValueSampling,
     UnsupportedNetworkError,
@@ -286,3 +288,23 @@ def test_coarse_features_that_cut_across_fine_ones_are_refined_within_both():
     total = float((network.weight.detach() * x).sum())
     assert float(found.score - found.baseline_score) == pytest.approx(total)
     assert abs(found.facts["residual"]) < 1e-12
+
+
+@pytest.mark.parametrize("inferer", [INFERER, None], ids=["windows", "whole"])
+@pytest.mark.parametrize("method", [FeatureAblation, Occlusion])
+def test_a_conditional_baseline_is_imputed_for_each_piece(method, inferer):
+    network, x, road = small_unet(), random_image(1, 2, 32, 24), Road(noise=0.0)
+    options = {"features": Blocks(8)} if method is FeatureAblation else {"window": (2, 8, 8)}
+    found = explain(method(baseline=road, **options), network, x, inferer=inferer)
+
+    def score(inputs):
+        output = network(inputs) if inferer is None else INFERER(inputs, network)
+        return output[:, 1, 3:9, 5:14].mean((1, 2))
+
+    for i, j in itertools.product(range(4), range(3)):
+        removed = torch.zeros(1, 1, 32, 24, dtype=torch.bool)
+        removed[..., 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = True
+        effect = score(x) - score(road.impute(x, removed))
+        torch.testing.assert_close(
+            found.attributions["image"][:, 0, 8 * i, 8 * j], effect, rtol=0, atol=1e-12
+        )

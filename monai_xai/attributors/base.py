@@ -87,14 +87,23 @@ class BaselineAttributor(Attributor):
     def draws(self, scoring: Scoring) -> list[Tensors]:
         """Return the baselines, one tuple in call order for each draw."""
         assert isinstance(self.baseline, Baseline | Mapping)
-        parts = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
-        for part in parts:
-            if isinstance(part, Baseline) and part.conditional and not self.imputes:
+        for part in self.imputers(scoring):
+            if part.conditional and not self.imputes:
                 raise InputError(
                     f"{part} depends on what is taken away, and {self.name} holds the input against one whole "
-                    "baseline. Use it as the imputer of deletion_curve and its kin, or take Blur(), say, here."
+                    "baseline. Use it in FeatureAblation, Occlusion or deletion_curve, or take Blur(), say, here."
                 )
         return scoring.draw(self.baseline)  # type: ignore[arg-type]
+
+    def imputers(self, scoring: Scoring) -> list[Baseline]:
+        """Return the baseline of each input, in call order."""
+        assert isinstance(self.baseline, Baseline | Mapping)
+        given = (
+            self.baseline
+            if isinstance(self.baseline, Mapping)
+            else dict.fromkeys(scoring.inputs, self.baseline)
+        )
+        return [part.for_input(i) for i, part in enumerate(given[name] for name in scoring.inputs)]  # type: ignore[union-attr]
 
     def remedies(self) -> Iterator[Attributor]:
         for candidate in Auto().candidates:

@@ -64,7 +64,7 @@ class Occlusion(PerturbationAttributor):
         return average([self._search(scoring, start, fine, self.top_k) for start in self.draws(scoring)])
 
     def _search(self, scoring: Scoring, baseline: Tensors, fine: list[_Grid], top_k: int) -> Attribution:
-        search = _Search(Effects(self.name, scoring, baseline), scoring.values, fine)
+        search = _Search(self.effects(scoring, baseline), scoring.values, fine)
         search.run(top_k)
         total = sum(math.prod(grid.shape) for grid in fine)
         facts = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from scipy.ndimage import find_objects
 from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, BaselineAttributor, average
-from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.baselines import Baseline, BaselineLike, Blur
 from monai_xai.features import Channels, FeaturesLike, as_features, feature_masks
-from monai_xai.forward import Scoring, Tensors, Term, guard
-from monai_xai.perturbed import PerturbedScores, Trial
+from monai_xai.forward import Scoring, Tensors, Term, WholeTerm, guard
+from monai_xai.perturbed import CachedScore, PerturbedScores, Trial
 
 
 class Piece(NamedTuple):
@@ -66,6 +66,7 @@ class PerturbationAttributor(BaselineAttributor):
     """A method that attributes to each piece how much the score falls when the baseline takes its place."""
 
     paints: ClassVar[bool] = True
+    imputes: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, scoring: Scoring) -> PaintedPlan:
@@ -76,9 +77,16 @@ class PerturbationAttributor(BaselineAttributor):
         return average([self._perturb(scoring, baseline, plan) for baseline in self.draws(scoring)])
 
     def _perturb(self, scoring: Scoring, baseline: Tensors, plan: PaintedPlan) -> Attribution:
-        effects = Effects(self.name, scoring, baseline)
+        effects = self.effects(scoring, baseline)
         maps = dict(zip(scoring.inputs, plan.paint(effects.of(plan)), strict=True))
         return effects.attribution(maps, {"pieces": plan.count})
+
+    def effects(self, scoring: Scoring, baseline: Tensors) -> Effects:
+        """Return what tells the effects of pieces when a drawn baseline takes their place."""
+        imputers = self.imputers(scoring)
+        if any(imputer.conditional for imputer in imputers):
+            return ImputedEffects(self.name, scoring, baseline, imputers)
+        return Effects(self.name, scoring, baseline)
 
 
 class Effects:
@@ -119,11 +127,65 @@ class Effects:
             for piece in self._scoring.track_within(plan.pieces(term, differs), "pieces"):
                 yield Trial((number, piece.number), self._terms[number], _replace(inputs, start, piece))
 
+    @property
+    def score(self) -> Tensor:
+        """The clean score, shape (N,), once effects were asked for."""
+        return self._scoring.sum_scores(self._clean)
+
+    @property
+    def passes(self) -> float:
+        """How often the terms were computed without pieces, on average over them."""
+        return (self._scores.evaluations - len(self._clean)) / max(len(self._clean), 1)
+
     def attribution(self, maps: Mapping[str, Tensor], facts: Mapping[str, int | float | str]) -> Attribution:
         """Return maps with the scores and the cost of finding them."""
-        passes = (self._scores.evaluations - len(self._clean)) / max(len(self._clean), 1)
-        scores = self._scoring.sum_scores(self._clean), self._scoring.score(self._baseline)
-        return Attribution(maps, *scores, {**facts, "passes": passes})
+        return Attribution(
+            maps, self.score, self._scoring.score(self._baseline), {**facts, "passes": self.passes}
+        )
+
+
+class ImputedEffects(Effects):
+    """Effects of pieces in whose place a baseline puts what depends on the piece: each is imputed in the whole input.
+
+    Args:
+        name: of the method.
+        scoring: the score.
+        baseline: for each input, what is left where nothing is known.
+        imputers: the baseline of each input.
+    """
+
+    def __init__(self, name: str, scoring: Scoring, baseline: Tensors, imputers: Sequence[Baseline]) -> None:
+        super().__init__(name, scoring, baseline)
+        self._imputers = imputers
+        self._cached = CachedScore(scoring)
+
+    def of(self, plan: Plan) -> Tensor:
+        clean = self.score
+        effects = clean.new_zeros((len(clean), plan.count))
+        with guard(self._name, self._scoring.values):
+            for piece, score in self._cached.many(self._without(plan)):
+                effects[:, piece] = clean - score
+        return effects
+
+    @cached_property
+    def score(self) -> Tensor:
+        return self._cached.pin(self._scoring.values)
+
+    @property
+    def passes(self) -> float:
+        return self._cached.evaluations
+
+    def _without(self, plan: Plan) -> Iterator[tuple[int, Tensors]]:
+        """Yield the whole inputs without each of the pieces."""
+        values = self._scoring.values
+        whole = WholeTerm(self._scoring.terms[0].function, ())
+        everywhere = [torch.ones(x.shape[1:], dtype=torch.bool) for x in values]
+        for piece in self._scoring.track(plan.pieces(whole, everywhere), self._name, plan.count):
+            removed = torch.zeros_like(everywhere[piece.source])
+            removed[piece.box] = True if piece.mask is None else piece.mask
+            x, draw = values[piece.source], self._baseline[piece.source]
+            imputed = self._imputers[piece.source].impute(x, removed[None].to(x.device), draw)
+            yield piece.number, (*values[: piece.source], imputed, *values[piece.source + 1 :])
 
 
 @dataclass(frozen=True)
