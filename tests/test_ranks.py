@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -103,11 +104,9 @@ def _tags(folder: Path) -> list[str]:
 
 
 def _spoil(folder: Path) -> None:
-    import nibabel
-
     file = folder / "scans" / "p3.nii.gz"
     scan = nibabel.load(file)
-    voxels = np.array(scan.dataobj)
+    voxels = scan.get_fdata(dtype=np.float32)
     voxels[0, 0, 0] = np.nan
     nibabel.save(nibabel.Nifti1Image(voxels, scan.affine), file)
 
