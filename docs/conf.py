@@ -26,7 +26,7 @@ project = "monai_xai"
 author = "the monai_xai developers"
 version = release = monai_xai.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "sphinx_rtd_theme"
 html_static_path = ["_static"]

@@ -37,7 +37,7 @@ class ComparisonHandler:
     """Compare methods over the cases of an epoch, every few epochs, and save every value.
 
     Attached to an evaluator, it keeps inputs, labels and masks of the first cases of an epoch on the CPU. When it is
-    over it runs :func:`monai_xai.comparison.compare` on them, puts the result into ``engine.state.comparison``, fires
+    over it runs :func:`monai_xai.compare` on them, puts the result into ``engine.state.comparison``, fires
     ``AttributionEvents.COMPARISON_COMPLETED``, and writes ``comparison-<epoch>.csv`` and ``.json``.
 
     Nothing else in the loop changes; what fails is logged, with its place, and counted in ``failures``.
