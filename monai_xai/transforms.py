@@ -149,7 +149,11 @@ class AtomicNibabelWriter(NibabelWriter):
     ) -> None:
         """Keep affine and header of the file that the data come from, and resample if that is asked for."""
         self._header = dict(meta_dict or {})
-        super().set_metadata(meta_dict, resample, **options)
+        if resample:
+            super().set_metadata(meta_dict, resample, **options)
+        else:  # MONAI resamples to the same place, and fails where an image in 2D has one channel
+            affine = self.get_meta_info(meta_dict)[1]
+            self.affine = np.eye(4) if affine is None else np.asarray(affine)
 
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         """Write to a temporary file beside the target, then move it into place."""

@@ -120,6 +120,17 @@ def writer(affine):
     return made
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 6), (2, 8, 6), (1, 8, 6, 4)], ids=str)
+def test_maps_are_written_as_they_are_in_2d_and_3d_with_one_channel_and_more(tmp_path, shape):
+    values = MetaTensor(random_image(*shape).float())
+    made = AtomicNibabelWriter()
+    made.set_data_array(values, channel_dim=0)
+    made.set_metadata(values.meta, resample=False)
+    made.write(tmp_path / "map.nii.gz")
+    saved = np.asarray(nibabel.load(tmp_path / "map.nii.gz").dataobj).reshape(*shape[1:], shape[0])
+    assert np.array_equal(np.moveaxis(saved, -1, 0), values.numpy())
+
+
 def test_a_singular_affine_is_refused_before_anything_is_written(tmp_path):
     made = writer(np.eye(4))
     made.affine = np.diag([1.0, 0.0, 1.0, 1.0])
