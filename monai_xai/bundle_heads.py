@@ -47,7 +47,7 @@ class Head:
             UnsupportedBundleError: if this output has no score of its own; says why and what can be asked.
         """
         if self.kind in _REFUSED:
-            raise UnsupportedBundleError(f"{_REFUSED[self.kind]} {_SAY_WHAT}")
+            raise UnsupportedBundleError(_REFUSED[self.kind])
         target: Config
         if self.kind == "segmentation":
             target = {
@@ -75,10 +75,12 @@ class Head:
 
 _SAY_WHAT = "Say which number is meant: --target, see `python -m monai_xai explain --help`."
 _REFUSED = {
-    "image": "The network makes an image (generation or registration): none of its voxels is a finding.",
-    "boxes": "The network finds boxes: their number and order change with the input, so that the prediction as a whole "
-    "has no score. The class score of one box can be explained through the network alone.",
-    "unknown": "Neither the bundle's metadata nor its post-processing says what the network's output means.",
+    "image": f"The network makes an image (generation or registration): none of its voxels is a finding. {_SAY_WHAT}",
+    "boxes": "The network finds boxes, whose number and order change with the input: the prediction has no score of "
+    "its own, and its evaluator takes lists of images. In part it can be explained in Python: the class score of one "
+    "anchor, with a FunctionTarget on the network's own output, that is before boxes are made of it.",
+    "unknown": "Neither the bundle's metadata nor its post-processing says what the network's output means. "
+    f"{_SAY_WHAT}",
 }
 
 

@@ -209,7 +209,7 @@ class BundleRequest:
 
 
 def _target(value: Any, head: Head) -> Config:
-    if value is None:
+    if value is None or head.kind == "boxes":
         return head.target()
     if isinstance(value, int) or (isinstance(value, str) and value.isdigit()) or _is_named(value, head):
         return head.target(index_in(head, value))

@@ -18,6 +18,7 @@ from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.networks.nets import UNet
 from networks import random_image, small_unet
+from PIL import Image
 
 from monai_xai import (
     AttributionEvents,
@@ -197,6 +198,51 @@ def test_an_image_takes_the_place_of_the_data(tmp_path):
         BundleRequest(bundle, image=["scan7.nii.gz"]).build()
 
 
+def test_the_part_of_a_list_is_chosen_by_its_head(tmp_path):
+    config = copy.deepcopy(SEGMENTATION)
+    config["network_def"] = {
+        "_target_": "BasicUNetPlusPlus",
+        "in_channels": 1,
+        "out_channels": 2,
+        "features": [2, 2, 2, 2, 2, 2],
+        "deep_supervision": True,
+    }
+    config["inferer"] = {"_target_": "SimpleInferer"}
+    config["preprocessing"]["transforms"].append(
+        {"_target_": "Resized", "keys": "image", "spatial_size": [32] * 3}
+    )
+    bundle = make_bundle(tmp_path / "bundle", config)
+    request = BundleRequest(bundle, cases=[0], target=BOX, head=1, method="Saliency", random_weights=True)
+    run = request.build()
+    assert run.config["explain_target"]["head"] == 1
+    assert attribution(run.run(), "scan0").shape == (20, 18, 16), "back in the space of the scan"
+
+
+def test_a_classification_in_2d_is_asked_about_the_class_that_it_predicts(tmp_path):
+    config = copy.deepcopy(SEGMENTATION)
+    options = {"init_features": 4, "growth_rate": 2, "block_config": [2, 2]}
+    config["network_def"] = {
+        "_target_": "DenseNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 3, **options
+    }  # fmt: skip
+    config["inferer"] = {"_target_": "SimpleInferer"}
+    config["dataset"]["data"] = "$[{'image': @bundle_root + '/xray7.png'}]"
+    scale = {"_target_": "ScaleIntensityd", "keys": "image"}
+    config["preprocessing"]["transforms"].append(scale)
+    config["postprocessing"]["transforms"] = [{"_target_": "Activationsd", "keys": "pred", "softmax": True}]
+    metadata = output(
+        type="probabilities", format="classes", num_channels=3, spatial_shape=[1, 3], channel_def=None
+    )
+    bundle = make_bundle(tmp_path / "bundle", config, metadata=metadata)
+    pixels = (np.arange(32 * 40).reshape(32, 40) % 251).astype(np.uint8)
+    Image.fromarray(pixels).save(bundle / "xray7.png")
+    where = BundleRequest(bundle, cases=["xray7"], method="Saliency", random_weights=True).build().run()
+    about = json.loads(next((where / "explanations" / "sub-xray7").glob("*.json")).read_text())
+    assert about["Target"] == "ClassScore()"
+    assert attribution(where, "xray7").squeeze().shape == (40, 32), (
+        "MONAI reads PNG files with the axes swapped"
+    )
+
+
 def test_a_merged_config_is_one_that_monai_runs(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", SEGMENTATION, "yaml")
     run = BundleRequest(bundle, cases=[0], output=tmp_path / "out").build()
@@ -248,10 +294,9 @@ def test_an_overlay_of_ones_own_keeps_its_target(tmp_path):
     ("changes", "reason"),
     [
         ({"format": "magnitude"}, "makes an image"),
-        ({"type": "object", "format": "dict"}, "finds boxes"),
         ({"channel_def": None, "num_channels": 3}, "says what the network's output means"),
     ],
-    ids=["image", "boxes", "unknown"],
+    ids=["image", "unknown"],
 )
 def test_what_has_no_score_is_refused_with_the_reason_unless_it_is_asked_for(tmp_path, changes, reason):
     config = {**SEGMENTATION, "postprocessing": {"_target_": "Compose", "transforms": []}}
@@ -259,6 +304,13 @@ def test_what_has_no_score_is_refused_with_the_reason_unless_it_is_asked_for(tmp
     with pytest.raises(UnsupportedBundleError, match=rf"{reason}.*--target"):
         BundleRequest(bundle).build()
     assert BundleRequest(bundle, target=BOX).build().config["explain_target"]["channel"] == 1
+
+
+@pytest.mark.parametrize("target", [None, BOX], ids=["no target", "a target"])
+def test_boxes_are_refused_and_what_can_be_explained_of_them_is_said(tmp_path, target):
+    bundle = make_bundle(tmp_path / "bundle", SEGMENTATION, metadata=output(type="object", format="dict"))
+    with pytest.raises(UnsupportedBundleError, match=r"finds boxes.*the class score of one anchor"):
+        BundleRequest(bundle, target=target).build()
 
 
 def test_a_bundle_without_evaluator_is_refused_with_the_reason(tmp_path):
