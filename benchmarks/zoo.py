@@ -128,8 +128,8 @@ CHANGES: Mapping[str, Change] = {
     "wholeBody_ct_segmentation": _SMALL,
     "wholeBrainSeg_Large_UNEST_segmentation": Change(
         size=(96, 96, 96),
-        settings={"network_def::embed_dim": [32, 64, 128], "network_def::depths": [2, 2, 2]},
-        note="one window; a quarter of the width, 2 of 8 deep blocks",
+        settings={"network_def::depths": [2, 2, 2]},
+        note="one window; 2 of 8 deep blocks",
     ),
 }
 
@@ -296,6 +296,7 @@ def _stand_in(run: BundleRun, bundle: Path, change: Change) -> None:
     evaluator["val_data_loader"] = {"_target_": "monai.data.DataLoader", "dataset": data, "batch_size": 1}
     for name in ("postprocessing", "key_val_metric", "additional_metrics", "val_handlers"):
         evaluator.pop(name, None)
+    config.pop("finalize", None)  # closes the data list
     network = config.get("network", "$@network_def.to(@device)")
     config["network"] = f"{network}.double()"
 

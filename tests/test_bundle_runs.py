@@ -211,6 +211,7 @@ def test_the_part_of_a_list_is_chosen_by_its_head(tmp_path):
     config["preprocessing"]["transforms"].append(
         {"_target_": "Resized", "keys": "image", "spatial_size": [32] * 3}
     )
+    config["postprocessing"]["transforms"] = []  # which takes no lists
     bundle = make_bundle(tmp_path / "bundle", config)
     request = BundleRequest(bundle, cases=[0], target=BOX, head=1, method="Saliency", random_weights=True)
     run = request.build()
