@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
-from monai_xai.calls import EmbeddedInput, called_by_position
+from monai_xai.calls import CalledNetwork, EmbeddedInput, called_by_position
 from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
 from monai_xai.networks import evaluate, refuse_quantized
 from monai_xai.targets import Target
@@ -77,12 +77,10 @@ class Term(ABC):
     Attributes:
         function: ``(*inputs, *selection)`` to scores of shape (n,).
         samples: the rows of the batch that it contributes to, n of N.
-        joins_batches: whether parts may go through the function together, with those of its other terms.
     """
 
     function: nn.Module
     samples: slice
-    joins_batches: bool
 
     @property
     def network(self) -> nn.Module:
@@ -90,6 +88,16 @@ class Term(ABC):
         network = self.function.network
         assert isinstance(network, nn.Module)
         return called_by_position(network)
+
+    @property
+    def joins_batches(self) -> bool:
+        """Whether several parts may go through the function together, also those of other terms.
+
+        Not where the network behind the function is an inferer, or sees the numbers of these very samples in the place
+        of embedded values.
+        """
+        network = self.function.network
+        return isinstance(network, CalledNetwork) and not network.embedded
 
     @abstractmethod
     def selection(self) -> Tensors:
@@ -219,7 +227,6 @@ class WholeTerm(Term):
 
     function: nn.Module
     selected: Tensors
-    joins_batches: bool = True
     samples: ClassVar[slice] = slice(None)  # type: ignore[misc]
 
     def selection(self) -> Tensors:

@@ -235,7 +235,7 @@ def label_of(name: str, salt: str | None = None) -> str:
 
     Example:
         >>> label_of("patient_07"), label_of("../../etc/passwd")
-        ('patient+07', 'etc+passwd+56c7d8d8')
+        ('patient+07', 'etc+passwd+3754d6cb')
     """
     data = name.encode("utf-8", "surrogatepass")
     if salt is not None:

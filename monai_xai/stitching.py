@@ -139,8 +139,6 @@ class StitchedTerm(WholeTerm):
         selected: the further arguments of the function.
     """
 
-    joins_batches: bool = False
-
     def near(self, inputs: Sequence[Tensor]) -> Term:
         assert isinstance(self.function, ScoreFunction) and isinstance(self.function.network, StitchedNetwork)
         return _NearTerm(self.function, self.selected, clean=_Stitching(self.function.network, inputs))

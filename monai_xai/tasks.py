@@ -151,9 +151,8 @@ class Task:
         if isinstance(whole, StitchedNetwork):
             term = StitchedTerm(ScoreFunction(whole, replace(target, head=None), len(self.inputs)), selection)
         else:
-            function = ScoreFunction(whole, target, len(self.inputs))
-            term = WholeTerm(function, selection, joins_batches=whole is self.network)
-        return Scoring(self.inputs, [term], repeats_calls=not term.joins_batches)
+            term = WholeTerm(ScoreFunction(whole, target, len(self.inputs)), selection)
+        return Scoring(self.inputs, [term], repeats_calls=whole is not self.network)
 
     def _share(self, scoring: Scoring) -> Scoring:
         """Return a scoring with what all targets of this batch share."""

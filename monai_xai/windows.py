@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Number
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices, get_valid_patch_size
@@ -254,7 +254,6 @@ class WindowTerm(Term):
     place: Place
     sample: int
     weights: Tensor
-    joins_batches: ClassVar[bool] = True  # type: ignore[misc]
 
     @property
     def samples(self) -> slice:  # type: ignore[override]

@@ -460,7 +460,7 @@ def test_a_baseline_may_be_a_scan():
         (lambda: GradCam(1), "dotted name"),
         (lambda: NoiseTunnel(Saliency), "needs an attributor"),
         (lambda: AttributionHandler(Saliency()), "needs an Explainer"),
-        (lambda: AttributionHandler(Explainer(RegionScore(1), Saliency()), None), "needs a number"),
+        (lambda: AttributionHandler(Explainer(RegionScore(1), Saliency()), 1.5), "needs a number"),
     ],
 )
 def test_configuration_is_checked_where_it_is_made(make, message):
