@@ -215,8 +215,7 @@ def run_bundle(bundle: Path, file: Path) -> dict[str, Any]:
     """Explain one bundle, and return what came of it: status, reason, target, and the check of the map."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    if not hasattr(np, "product"):
-        np.product = np.prod  # valve_landmarks is written for NumPy 1
+    vars(np).setdefault("product", np.prod)  # valve_landmarks is written for NumPy 1
     change = CHANGES.get(bundle.name, Change())
     start = time.perf_counter()
     try:
