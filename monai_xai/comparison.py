@@ -395,9 +395,7 @@ def compare(
 
 _COSTS = {
     "seconds": Criterion(lambda judged: _known(judged.explanation.seconds, "not measured"), "less"),
-    "peak GiB": Criterion(
-        lambda judged: _known(judged.peak_gib, "not measured on this system"), "less"
-    ),
+    "peak GiB": Criterion(lambda judged: _known(judged.peak_gib, "not measured on this system"), "less"),
 }
 
 

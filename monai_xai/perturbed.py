@@ -175,7 +175,12 @@ class PerturbedScores:
     def _join(self, number: int, rows: tuple[Tensor, ...]) -> Tensor:
         """Return an argument of all trials, in memory that is kept: new memory costs more than the copy."""
         count, kept = sum(map(len, rows)), self._kept.get(number)
-        if kept is None or len(kept) < count or kept.shape[1:] != rows[0].shape[1:] or kept.dtype != rows[0].dtype:
+        if (
+            kept is None
+            or len(kept) < count
+            or kept.shape[1:] != rows[0].shape[1:]
+            or kept.dtype != rows[0].dtype
+        ):
             kept = self._kept[number] = torch.cat(rows)
             return kept
         return torch.cat(rows, out=kept[:count])
