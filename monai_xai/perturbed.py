@@ -87,10 +87,6 @@ class PerturbedScores:
         if waiting:
             yield from self._evaluate(waiting)
 
-    def of(self, term: Term, part: Tensors) -> Tensor:
-        """Return the scores of one part, shape (n,)."""
-        return next(self([Trial(None, term, part)]))[1]
-
     @property
     def _most_waiting(self) -> int:
         return self._size - (self._unchecked is not None)
@@ -275,7 +271,8 @@ def _fit_together(one: Trial[Any], other: Trial[Any]) -> bool:
 def _agree(one: Tensor, other: Tensor) -> bool:
     """Tell whether scores are the same up to half of their digits."""
     tolerance = torch.finfo(one.dtype).eps ** 0.5
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    largest = float(one.abs().nan_to_num().max())
+    return torch.allclose(one, other, rtol=0, atol=tolerance * largest, equal_nan=True)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
