@@ -51,7 +51,7 @@ class PerturbedScores:
 
     How many make a batch is found once, from what the first call holds at its peak. It does not change the scores but
     for rounding: that the parts of a batch do not influence each other is checked once, and where they do (batch
-    statistics), each part is a call of its own.
+    statistics), or the network takes no batch of this size, each part is a call of its own.
 
     Args:
         memory_gib: what a batch may take; None: what is quickest on a CPU, a quarter of what is free on a GPU.
@@ -68,14 +68,14 @@ class PerturbedScores:
         self.evaluations = 0
         self._memory_gib = memory_gib
         self._size = 0
-        self._unchecked: tuple[Trial[Any], Tensor] | None = None
+        self._is_checked = False
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Tensor]]:
         """Yield the key of each trial with its scores, shape (n,)."""
         waiting: list[Trial[Key]] = []
         for trial in trials:
-            if waiting and not (len(waiting) < self._most_waiting and _fit_together(waiting[0], trial)):
+            if waiting and not (len(waiting) < self._size and _fit_together(waiting[0], trial)):
                 yield from self._evaluate(waiting)
                 waiting = []
             if not trial.term.joins_batches:
@@ -87,17 +87,12 @@ class PerturbedScores:
         if waiting:
             yield from self._evaluate(waiting)
 
-    @property
-    def _most_waiting(self) -> int:
-        return self._size - (self._unchecked is not None)
-
     def _find_size(self, trial: Trial[Key]) -> Tensor:
         """Return the scores of a first trial, and keep how many like it make a batch."""
         with LiveTensors() as live:
             score = self._call([trial])[0]
         needed = live.peak + sum(x.nbytes for x in trial.part)
         self._size = max(1, min(MOST_PARTS, int(self._room(trial, needed) // needed)))
-        self._unchecked = trial, score
         return score
 
     def _room(self, trial: Trial[Key], needed: int) -> float:
@@ -116,21 +111,29 @@ class PerturbedScores:
 
     def _evaluate(self, trials: Sequence[Trial[Key]]) -> Iterator[tuple[Key, Tensor]]:
         """Yield the scores of trials that fit together."""
-        scores = (
-            self._scores(trials) if self._unchecked is None or len(trials) == 1 else self._checked(trials)
-        )
+        scores = self._scores(trials) if self._is_checked or len(trials) == 1 else self._checked(trials)
         for trial, score in zip(trials, scores, strict=True):
             yield trial.key, score
 
     def _checked(self, trials: Sequence[Trial[Key]]) -> list[Tensor]:
-        """Return scores, after a look whether a part's score depends on what else is in its batch."""
-        assert self._unchecked is not None
-        first, alone = self._unchecked
-        self._unchecked = None
-        in_batch, *scores = self._scores([first, *trials])
-        if _agree(alone, in_batch):
+        """Return scores, after a look whether a part's score depends on what else is in its batch.
+
+        The last part is asked for alone as well: what a network takes from the first of a batch would not show in it.
+        """
+        try:
+            scores = self._scores(trials)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+                raise
+            self._size = 1  # made for a batch of its own size; an error that has another cause comes again
+            return self._scores(trials)
+        if self._size < len(trials):
+            return scores  # memory did not hold the batch: the next one is looked at
+        self._is_checked = True
+        alone = self._call(trials[-1:])[0]
+        if _agree(alone, scores[-1]):
             return scores
-        again = self._call([first])[0]
+        again = self._call(trials[-1:])[0]
         if not _agree(alone, again):
             raise UnsupportedNetworkError(
                 f"The network scores the same input {alone.tolist()} and then {again.tolist()}: it keeps something "
@@ -166,7 +169,7 @@ class PerturbedScores:
         with torch.no_grad():
             batch = [self._join(number, rows) for number, rows in enumerate(columns)]
             scores: Tensor = first.term.function(*batch)
-        return list(scores.split([len(trial.part[0]) for trial in trials]))
+        return list(scores.clone().split([len(trial.part[0]) for trial in trials]))
 
     def _join(self, number: int, rows: tuple[Tensor, ...]) -> Tensor:
         """Return an argument of all trials, in memory that is kept: new memory costs more than the copy."""

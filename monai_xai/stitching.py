@@ -159,7 +159,7 @@ class _NearTerm(StitchedTerm):
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         assert isinstance(self.function, ScoreFunction)
         with torch.no_grad(), self.clean.updated(inputs) as output:
-            return self.function.target.score(output, *self.selected)
+            return self.function.target.score(output.clone(), *self.selected)
 
 
 KEPT_GIB = 1.0
@@ -195,15 +195,15 @@ class _Stitching:
         """Give the prediction at other inputs, shape (N, C, *spatial), inside the block."""
         padded = [self._windows.pad(x) for x in inputs]
         before: list[tuple[Place, Tensor]] = []
-        for number, term in enumerate(self._terms):
-            part, clean = term.cut(padded), term.cut(self._clean)
-            if all(map(torch.equal, part, clean)):
-                continue
-            change = term.function(*(x.clone() for x in part)) - self._clean_output(number, clean)
-            index = term.index(self._output)
-            before.append((index, self._output[index].clone()))
-            self._output[index] += change.to(self._output) * term.blending()
         try:
+            for number, term in enumerate(self._terms):
+                part, clean = term.cut(padded), term.cut(self._clean)
+                if all(map(torch.equal, part, clean)):
+                    continue
+                change = term.function(*(x.clone() for x in part)) - self._clean_output(number, clean)
+                index = term.index(self._output)
+                before.append((index, self._output[index].clone()))
+                self._output[index] += change.to(self._output) * term.blending()
             yield self._windows.crop(self._output)
         finally:
             for index, values in reversed(before):

@@ -201,15 +201,62 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     )
 
 
-def test_other_errors_are_not_taken_for_memory():
+def test_a_network_that_takes_no_batch_gets_one_at_a_time():
+    class Single(nn.Module):
+        def forward(self, x):
+            return x.reshape(1, 2, 16, 16)
+
+    x = random_image(1, 2, 16, 16)
+    found = explain(
+        FeatureAblation(BLOCKS, Constant(0.0)), Single(), x, RegionScore(1, Box((0, 0), (8, 8))), None
+    )
+    assert float(found.attributions["image"][0, 0, 0, 0]) == pytest.approx(float(x[0, 1, :8, :8].mean()))
+
+
+def test_errors_of_the_network_are_not_taken_for_memory():
     class Broken(nn.Module):
         def forward(self, x):
-            if len(x) > 1:
+            if (x == 0).any():
                 raise RuntimeError("something else")
             return x
 
     with pytest.raises(AttributionError, match="something else"):
-        explain(FeatureAblation(BLOCKS), Broken(), random_image(1, 2, 16, 16), inferer=None)
+        explain(FeatureAblation(BLOCKS, Constant(0.0)), Broken(), random_image(1, 2, 16, 16), inferer=None)
+
+
+def test_a_network_that_reads_the_first_of_a_batch_gets_one_at_a_time():
+    class Scaled(nn.Module):
+        def forward(self, image, age):
+            return image * (1 + age[0, 0] + age[0, 1])
+
+    inputs = {"image": random_image(1, 2, 16, 16), "age": random_image(1, 2)}
+    target = RegionScore(1, Box((0, 0), (16, 16)))
+    found = explain(FeatureAblation(BLOCKS, Constant(0.0)), Scaled(), inputs, target, None)
+    expected = inputs["image"][:, 1].mean() * inputs["age"]
+    torch.testing.assert_close(found.attributions["age"], expected)
+
+
+@pytest.mark.parametrize(
+    "target", [lambda o: o[:, 1, 5, 5], lambda o: o.sigmoid_()[:, 1].mean((1, 2))], ids=["view", "in place"]
+)
+def test_targets_that_give_a_view_or_work_in_place_leave_the_kept_prediction_alone(target):
+    network, x = small_unet().requires_grad_(False), random_image(1, 2, 32, 24)
+    found = explain(FeatureAblation(BLOCKS), network, x, target)
+    start, mask = Blur().draws(x)[0], BLOCKS.mask(x, "image")
+    clean = target(INFERER(x, network)).clone()
+    for number in mask.unique().tolist():
+        without = target(INFERER(torch.where(mask == number, start, x), network))
+        value = found.attributions["image"][(mask == number).expand_as(x)][0]
+        assert float(value) == pytest.approx(float(clean - without), abs=1e-12)
+
+
+def test_scores_do_not_change_when_their_batch_is_filled_anew():
+    x = random_image(1, 2, 16, 16)
+    method = KernelShap(BLOCKS, Constant(0.0), n_samples=300)
+    found = explain(method, nn.Identity(), x, lambda o: o[:, 0, 5, 5], None)
+    expected = torch.zeros(2, 2, dtype=x.dtype)
+    expected[0, 0] = x[0, 0, 5, 5]
+    torch.testing.assert_close(found.attributions["image"][0, 0, ::8, ::8], expected)
 
 
 def test_sampled_values_over_windows_lie_within_their_standard_error():

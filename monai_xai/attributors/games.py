@@ -170,7 +170,7 @@ class TermGame(Value):
     def learn(self, bits: int, score: Tensor) -> None:
         """Take the score of a coalition that is known already."""
         self._asked.add(bits & self._active)
-        self._known[bits & self._active] = score
+        self._known[bits & self._active] = score.to(self._inputs[0].device)
 
     def trials(self, coalitions: Iterable[int]) -> Iterator[Trial[tuple[TermGame, int]]]:
         """Yield what the network has to be asked for coalitions: those that look alike here, once."""
