@@ -14,6 +14,7 @@ from monai.networks.nets import UNet
 from benchmarks.cases import CASES, integrated_gradients, warm_up
 from benchmarks.measuring import Cost, measure, measure_apart
 from benchmarks.modalities import modalities
+from benchmarks.perturbing import perturbing
 from monai_xai import AttributionHandler, Blur, Explainer, Noise, RegionScore, Saliency
 
 
@@ -28,6 +29,8 @@ def main() -> None:
         return
     for benchmark in (windows, growth, regions, integration, overhead, modalities):
         print("\n".join(benchmark()), flush=True)
+    for line in perturbing():
+        print(line, flush=True)
 
 
 def windows() -> list[str]:

@@ -14,7 +14,7 @@ from monai.networks.nets import DenseNet121
 from monai.visualize import OcclusionSensitivity
 from torch import Tensor, nn
 
-from benchmarks.cases import image, tiny_unet
+from benchmarks.cases import image, tiny_unet, warm_up
 from monai_xai import (
     Blocks,
     Box,
@@ -105,8 +105,7 @@ def occlusion(size: int, region: Box, name: str, *, other: bool = True) -> Row:
         SlidingWindowInferer(WINDOW, overlap=0.5, sw_batch_size=1),
         progress=False,
     )
-    explainer(network, image(WINDOW)) if size == WINDOW else None
-    calls.taken()
+    warm_up()
     with PeakMemory() as peak:
         seconds, found = timed(lambda: explainer(network, x))
     evaluations = calls.taken()
