@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +14,8 @@ from typing import Any
 import nibabel
 import numpy as np
 from monai.bundle import ConfigParser
+
+from monai_xai.files import checksum
 
 CONFIG = """
 imports:
@@ -146,7 +147,7 @@ def run(
 def files_of(folder: Path, *, without: Iterable[str] = ("events.out", "settings.json")) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder; TensorBoard's events hold times and are left out."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): checksum(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part in path.name for part in without)
     }

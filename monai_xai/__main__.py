@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,134 +139,81 @@ def explain(
     return _run_or_show(request, dry_run)
 
 
-def modalities(
-    bundle: str,
-    case: Any = None,
-    target: Any = None,
-    output: str | None = None,
-    *,
-    config: Any = "",
-    random_weights: bool = False,
-    dry_run: bool = False,
-    **settings: Any,
-) -> str:
+def _over_cases(overlay: str, about: str, cases: str) -> Callable[..., str]:
+    """Return a command that runs a bundle with an overlay over its cases.
+
+    Args:
+        overlay: its name.
+        about: what it is for, with an example.
+        cases: which cases are the default.
+    """
+
+    def command(
+        bundle: str,
+        case: Any = None,
+        target: Any = None,
+        output: str | None = None,
+        *,
+        config: Any = "",
+        random_weights: bool = False,
+        dry_run: bool = False,
+        **settings: Any,
+    ) -> str:
+        request = BundleRequest(
+            bundle,
+            overlay,
+            _joined(config),
+            _cases(case),
+            target=target,
+            output=output,
+            random_weights=random_weights,
+            settings=settings,
+        )
+        return _run_or_show(request, dry_run)
+
+    command.__doc__ = f"""{about}
+
+    Args:
+        bundle: its folder.
+        case: number or name of a case, several with commas between; default is {cases}.
+        target: as for explain.
+        output: output folder; default is the bundle's own.
+        config: another config of the bundle, by name or file.
+        random_weights: load no weights, to try things out.
+        dry_run: print the merged config as YAML, and run nothing.
+        settings: values by their id in the merged config.
+    """
+    return command
+
+
+modalities = _over_cases(
+    "modalities",
     """Say what each sequence or image gives to a bundle's predictions, alone and together with the others.
 
         python -m monai_xai modalities --bundle brats_mri_segmentation --case 0,1,2
 
     Every coalition of channels is kept while the rest goes to a baseline. Tables are in modalities/ of the output
-    folder.
-
-    Args:
-        bundle: its folder.
-        case: number or name of a case, several with commas between; default is all.
-        target: as for explain.
-        output: output folder; default is the bundle's own.
-        config: another config of the bundle, by name or file.
-        random_weights: load no weights, to try things out.
-        dry_run: print the merged config as YAML, and run nothing.
-        settings: values by their id in the merged config.
-    """
-    request = BundleRequest(
-        bundle,
-        "modalities",
-        _joined(config),
-        _cases(case),
-        (),
-        target,
-        None,
-        None,
-        output,
-        random_weights,
-        settings,
-    )
-    return _run_or_show(request, dry_run)
-
-
-def compare_methods(
-    bundle: str,
-    case: Any = None,
-    target: Any = None,
-    output: str | None = None,
-    *,
-    config: Any = "",
-    random_weights: bool = False,
-    dry_run: bool = False,
-    **settings: Any,
-) -> str:
+    folder.""",
+    "all",
+)
+compare_methods = _over_cases(
+    "comparison",
     """Compare methods on a bundle: which explains its network best, by what measure, and at what cost.
 
         python -m monai_xai compare --bundle spleen_ct_segmentation --config evaluate
 
-    Tables are in comparison/ of the output folder. Location is judged where cases have a mask as their label.
-
-    Args:
-        bundle: its folder.
-        case: number or name of a case, several with commas between; default is as many as the overlay says.
-        target: as for explain.
-        output: output folder; default is the bundle's own.
-        config: another config of the bundle, by name or file.
-        random_weights: load no weights, to try things out.
-        dry_run: print the merged config as YAML, and run nothing.
-        settings: values by their id in the merged config.
-    """
-    request = BundleRequest(
-        bundle,
-        "comparison",
-        _joined(config),
-        _cases(case),
-        (),
-        target,
-        None,
-        None,
-        output,
-        random_weights,
-        settings,
-    )
-    return _run_or_show(request, dry_run)
-
-
-def judge(
-    bundle: str,
-    case: Any = None,
-    target: Any = None,
-    output: str | None = None,
-    *,
-    config: Any = "",
-    random_weights: bool = False,
-    dry_run: bool = False,
-    **settings: Any,
-) -> str:
+    Tables are in comparison/ of the output folder. Location is judged where cases have a mask as their label.""",
+    "as many as the overlay says",
+)
+judge = _over_cases(
+    "grounding",
     """Judge whether what a bundle's network looks at is grounded, or a picture.
 
         python -m monai_xai ground --bundle spleen_ct_segmentation --config evaluate
 
-    The report is in grounding/ of the output folder. A verdict needs 20 cases.
-
-    Args:
-        bundle: its folder.
-        case: number or name of a case, several with commas between; default is as many as the overlay says.
-        target: as for explain.
-        output: output folder; default is the bundle's own.
-        config: another config of the bundle, by name or file.
-        random_weights: load no weights, to try things out.
-        dry_run: print the merged config as YAML, and run nothing.
-        settings: values by their id in the merged config.
-    """
-    request = BundleRequest(
-        bundle,
-        "grounding",
-        _joined(config),
-        _cases(case),
-        (),
-        target,
-        None,
-        None,
-        output,
-        random_weights,
-        settings,
-    )
-    return _run_or_show(request, dry_run)
+    The report is in grounding/ of the output folder. A verdict needs 20 cases.""",
+    "as many as the overlay says",
+)
 
 
 def _run_or_show(request: BundleRequest, dry_run: bool) -> str:

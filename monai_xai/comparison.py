@@ -26,6 +26,7 @@ from monai_xai.forward import Scoring, with_progress
 from monai_xai.grounding import GroundingCase
 from monai_xai.memory import PeakMemory
 from monai_xai.metrics import Scores
+from monai_xai.networks import device_of
 from monai_xai.statistics import holm, interval, sign_flip_test
 
 
@@ -408,11 +409,10 @@ def _judge_all(
     within: Tensor | None,
 ) -> dict[str, Scores]:
     """Explain a case once, and return every score of its explanation."""
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompletenessWarning)  # the gap is a criterion of its own
         try:
-            with PeakMemory(device) as peak:
+            with PeakMemory(device_of(network)) as peak:
                 explanation = explainer(network, case.inputs, case.label)
         except XaiError as error:
             return dict.fromkeys(criteria, _undefined(str(error)))

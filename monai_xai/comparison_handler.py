@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,26 +13,68 @@ from typing import Literal
 
 from ignite.engine import Engine
 from matplotlib.figure import Figure
-from monai.handlers import TensorBoardHandler
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from monai_xai.attributors import Attributor
 from monai_xai.comparison import Comparison, ComparisonRow, Criterion, compare
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
-from monai_xai.figures import Entry, draw_methods, encode_png, rasterize
-from monai_xai.gathering import Gathered, Gathering, Masks, asked_as_run, device_of, network_of, on_device
-from monai_xai.handlers import AttributionEvents, register_events
+from monai_xai.figures import Entry, draw_methods
+from monai_xai.gathering import Gathered, Masks, asked_as_run, network_of, on_device
+from monai_xai.handlers import AttributionEvents
+from monai_xai.judging import EpochJudge, JudgmentBoard
+from monai_xai.networks import device_of
 from monai_xai.report.markup import plain_words
-from monai_xai.report.names import Disguise, new_salt
+from monai_xai.report.names import Disguise
 from monai_xai.tasks import TargetLike
-from monai_xai.tensorboard import clean_tag, image_summary
-
-logger = logging.getLogger(__name__)
+from monai_xai.tensorboard import clean_tag
 
 
-class ComparisonHandler:
+class TensorBoardComparisonHandler(JudgmentBoard[Comparison]):
+    """Write a comparison to TensorBoard as curves, a table and plots, and compute nothing.
+
+    Attached to the engine of a :class:`ComparisonHandler`. The text page gets ``comparison``, a table of means and
+    ranks with what has no value and why; the image page ``comparison/ranks`` and ``comparison/by/<criterion>``, a row
+    per method; the scalar page ``comparison/<method>/rank`` and ``comparison/<method>/<criterion>``. Steps are epochs.
+    Cases have no names there but where a reason tells one.
+
+    Args:
+        log_dir: where the event file is written, if there is no ``summary_writer``.
+        summary_writer: a writer to share with other handlers; who made it closes it.
+        anonymize: replace names of cases by salted hashes.
+        salt: key of the hashes; None draws one.
+    """
+
+    kept_as = "comparison"
+    completed = AttributionEvents.COMPARISON_COMPLETED
+
+    @staticmethod
+    def hide_names(result: Comparison, salt: str) -> Comparison:
+        disguise = Disguise(result.cases, salt)
+        return replace(
+            result,
+            cases=tuple(map(disguise.words, result.cases)),
+            reasons={
+                (criterion, method, disguise.words(case)): disguise.words(reason)
+                for (criterion, method, case), reason in result.reasons.items()
+            },
+        )
+
+    def write(self, result: Comparison, step: int) -> None:
+        for row in result.rows():
+            if math.isfinite(row.mean):
+                tag = f"comparison/{clean_tag(row.method)}/{clean_tag(row.criterion)}"
+                self._writer.add_scalar(tag, row.mean, step)
+        for row in result.overall():
+            if math.isfinite(row.rank):
+                self._writer.add_scalar(f"comparison/{clean_tag(row.method)}/rank", row.rank, step)
+        self._writer.add_text("comparison", text_of_comparison(result), step)
+        for name, figure in figures_of_comparison(result):
+            self._add_picture(f"comparison/{name}", figure, step)
+        self._writer.flush()
+
+
+class ComparisonHandler(EpochJudge[Comparison]):
     """Compare methods over the cases of an epoch, every few epochs, and save every value.
 
     Attached to an evaluator, it keeps inputs, labels and masks of the first cases of an epoch on the CPU. When it is
@@ -66,6 +107,9 @@ class ComparisonHandler:
         InputError: if a setting makes no sense.
     """
 
+    board = TensorBoardComparisonHandler
+    not_done = "Not compared"
+
     def __init__(
         self,
         explainers: Mapping[str, Explainer | Attributor],
@@ -86,53 +130,26 @@ class ComparisonHandler:
         progress: bool = True,
         on_error: Literal["log", "raise"] = "log",
     ) -> None:
-        if on_error not in ("log", "raise"):
-            raise InputError(f"ComparisonHandler(on_error={on_error!r}): choose 'log' or 'raise'.")
         if not isinstance(explainers, Mapping) or len(explainers) < 2:
             raise InputError("ComparisonHandler needs a mapping of names to two explainers or more.")
         self.explainers = {name: _as_explainer(name, method, target) for name, method in explainers.items()}
+        super().__init__(
+            cases=cases,
+            every_n_epochs=every_n_epochs,
+            masks={"region": region, "within": within},
+            output_dir=output_dir,
+            log_dir=log_dir,
+            network=network,
+            case_key=case_key,
+            anonymize=anonymize,
+            salt=salt,
+            on_error=on_error,
+        )
         self.criteria = criteria
-        self.output_dir = output_dir
-        self.network = network
-        self.anonymize = anonymize
-        self.salt = new_salt() if salt is None else salt
         self.seed = seed
         self.progress = progress
-        self.on_error = on_error
-        self.failures = 0
-        self._drawer = (
-            None
-            if log_dir is None
-            else TensorBoardComparisonHandler(str(log_dir), anonymize=anonymize, salt=self.salt)
-        )
-        self._gathering = Gathering(
-            "ComparisonHandler", cases, every_n_epochs, case_key, {"region": region, "within": within}
-        )
 
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator, or to a plain ignite engine; a second time does nothing."""
-        register_events(engine)
-        self._gathering.attach(engine, self, self._fail)
-        if self._drawer is not None:
-            self._drawer.attach(engine)
-
-    def __call__(self, engine: Engine) -> None:
-        """Compare on what the epoch has gathered."""
-        gathered = self._gathering.take()
-        if not gathered.cases:
-            return
-        epoch = engine.state.epoch
-        try:
-            comparison = self._compare(engine, gathered)
-            engine.state.comparison = comparison
-            logger.info("Comparison, epoch %d: %s", epoch, summary_of(comparison))
-            if self.output_dir is not None:
-                self._save(comparison, epoch)
-            engine.fire_event(AttributionEvents.COMPARISON_COMPLETED)
-        except Exception as error:
-            self._fail(error, f"epoch {epoch}, {len(gathered.cases)} cases")
-
-    def _compare(self, engine: Engine, gathered: Gathered) -> Comparison:
+    def _judge(self, engine: Engine, gathered: Gathered) -> Comparison:
         network = network_of(engine, self.network, "ComparisonHandler")
         device = device_of(network)
         return compare(
@@ -146,21 +163,11 @@ class ComparisonHandler:
             progress=self.progress,
         )
 
-    def _save(self, comparison: Comparison, epoch: int) -> None:
-        """Write every value; what cannot be written is logged and does not end the loop."""
-        shown = with_hashed_names(comparison, self.salt) if self.anonymize else comparison
-        try:
-            shown.save(str(self.output_dir), f"comparison-{epoch}")
-        except OSError as error:
-            self._fail(error, f"epoch {epoch}", "Not saved")
+    def _summary(self, result: Comparison) -> str:
+        return summary_of(result)
 
-    def _fail(self, error: Exception, where: str, what: str = "Not compared") -> None:
-        if self.on_error == "raise":
-            raise error
-        self.failures += 1
-        logger.warning(
-            "%s: comparison, %s (failure %d): %s", what, where, self.failures, error, exc_info=error
-        )
+    def _save(self, result: Comparison, folder: Path, epoch: int) -> None:
+        result.save(folder, f"comparison-{epoch}")
 
 
 def _as_explainer(name: str, method: Explainer | Attributor, target: TargetLike | None) -> Explainer:
@@ -172,67 +179,6 @@ def _as_explainer(name: str, method: Explainer | Attributor, target: TargetLike 
             f"target={target!r}."
         )
     return Explainer(target, method, progress=False)
-
-
-class TensorBoardComparisonHandler(TensorBoardHandler):
-    """Write a comparison to TensorBoard as curves, a table and plots, and compute nothing.
-
-    Attached to the engine of a :class:`ComparisonHandler`. The text page gets ``comparison``, a table of means and
-    ranks with what has no value and why; the image page ``comparison/ranks`` and ``comparison/by/<criterion>``, a row
-    per method; the scalar page ``comparison/<method>/rank`` and ``comparison/<method>/<criterion>``. Steps are epochs.
-    Cases have no names there but where a reason tells one.
-
-    Args:
-        log_dir: where the event file is written, if there is no ``summary_writer``.
-        summary_writer: a writer to share with other handlers; who made it closes it.
-        anonymize: replace names of cases by salted hashes.
-        salt: key of the hashes; None draws one.
-    """
-
-    def __init__(
-        self,
-        log_dir: str = "./runs",
-        summary_writer: SummaryWriter | None = None,
-        *,
-        anonymize: bool = False,
-        salt: str | None = None,
-    ) -> None:
-        super().__init__(summary_writer=summary_writer, log_dir=log_dir)
-        self.anonymize = anonymize
-        self.salt = new_salt() if salt is None else salt
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the engine whose methods are compared; a second time does nothing."""
-        register_events(engine)
-        if not engine.has_event_handler(self, AttributionEvents.COMPARISON_COMPLETED):
-            engine.add_event_handler(AttributionEvents.COMPARISON_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write what is in ``engine.state.comparison``."""
-        comparison: Comparison = engine.state.comparison
-        self.write(
-            with_hashed_names(comparison, self.salt) if self.anonymize else comparison, engine.state.epoch
-        )
-
-    def write(self, comparison: Comparison, step: int) -> None:
-        """Write a comparison.
-
-        Args:
-            comparison: what is written, as it is.
-            step: the place on the axis of steps.
-        """
-        for row in comparison.rows():
-            if math.isfinite(row.mean):
-                tag = f"comparison/{clean_tag(row.method)}/{clean_tag(row.criterion)}"
-                self._writer.add_scalar(tag, row.mean, step)
-        for row in comparison.overall():
-            if math.isfinite(row.rank):
-                self._writer.add_scalar(f"comparison/{clean_tag(row.method)}/rank", row.rank, step)
-        self._writer.add_text("comparison", text_of_comparison(comparison), step)
-        for name, figure in figures_of_comparison(comparison):
-            pixels = encode_png(rasterize(figure))
-            self._writer._get_file_writer().add_summary(image_summary(f"comparison/{name}", pixels, ""), step)
-        self._writer.flush()
 
 
 def figures_of_comparison(comparison: Comparison) -> Iterator[tuple[str, Figure]]:
@@ -308,16 +254,3 @@ def summary_of(comparison: Comparison) -> str:
     others = [row.method for row in rows if row is not best and not row.p < 0.05]
     tail = f"; not told apart from it (p >= 0.05): {', '.join(others)}" if others else ""
     return f"{best.method} has the best mean rank, {best.rank:.2f} of {len(rows)}, over {best.n} cases{tail}."
-
-
-def with_hashed_names(comparison: Comparison, salt: str) -> Comparison:
-    """Return the same values with the names of cases replaced by hashes under a salt."""
-    disguise = Disguise(comparison.cases, salt)
-    return replace(
-        comparison,
-        cases=tuple(map(disguise.words, comparison.cases)),
-        reasons={
-            (criterion, method, disguise.words(case)): disguise.words(reason)
-            for (criterion, method, case), reason in comparison.reasons.items()
-        },
-    )

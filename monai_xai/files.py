@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -93,6 +94,11 @@ def checksum(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def keyed_hash(data: bytes, salt: str) -> str:
+    """Return the HMAC-SHA256 of data in hexadecimal: who does not know the salt can try out nothing."""
+    return hmac.new(salt.encode("utf-8", "surrogatepass"), data, hashlib.sha256).hexdigest()
 
 
 def _remove_left(path: Path) -> None:

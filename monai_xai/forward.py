@@ -331,8 +331,12 @@ class Scoring:
 
     def score(self, inputs: Sequence[Tensor] | None = None) -> Tensor:
         """Return the scores at whole inputs (default: the inputs themselves), shape (N,)."""
+        return self.sum_scores(self.term_scores(inputs))
+
+    def term_scores(self, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the score of every term at whole inputs (default: the inputs themselves), each of shape (n,)."""
         parts = self.parts("score", self.values if inputs is None else inputs)
-        return self.sum_scores([term(part) for term, (part,) in parts])
+        return [term(part) for term, (part,) in parts]
 
     def sum_scores(self, scores: Iterable[Tensor]) -> Tensor:
         """Sum one score per term, each of shape (n,), to scores of shape (N,)."""

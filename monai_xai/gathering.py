@@ -191,11 +191,6 @@ def network_of(engine: Engine, network: nn.Module | None, owner: str) -> nn.Modu
     return found
 
 
-def device_of(network: nn.Module) -> torch.device:
-    """Return where the parameters of a network are; the CPU if it has none."""
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-
-
 def on_device(value: Any, device: torch.device | str) -> Any:
     """Return a tensor, or the tensors in a mapping, list or case, on a device."""
     if isinstance(value, Tensor):

@@ -102,6 +102,13 @@ def _of_axes(affine: NDArray[np.float64], dims: int) -> NDArray[np.float64]:
     return affine[np.ix_(kept, kept)]
 
 
+def bounding_box(mask: Tensor, margin: int = 0) -> tuple[slice, ...]:
+    """Return the smallest box around a mask (*spatial) that is not empty, with a margin as far as the grid reaches."""
+    places = mask.nonzero()
+    low, high = places.amin(0).tolist(), places.amax(0).tolist()
+    return tuple(slice(max(a - margin, 0), b + 1 + margin) for a, b in zip(low, high, strict=True))
+
+
 class _Image(NamedTuple):
     """Values on a grid of their own.
 

@@ -6,7 +6,6 @@ import enum
 import errno
 import functools
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_xai.errors import InputError, SettingsChangedError
-from monai_xai.files import as_csv, as_json, checksum, remove_partial_files, write_whole
+from monai_xai.files import as_csv, as_json, checksum, keyed_hash, remove_partial_files, write_whole
 
 try:
     import fcntl
@@ -239,7 +238,7 @@ def label_of(name: str, salt: str | None = None) -> str:
     """
     data = name.encode("utf-8", "surrogatepass")
     if salt is not None:
-        return hmac.new(salt.encode("utf-8", "surrogatepass"), data, hashlib.sha256).hexdigest()[:16]
+        return keyed_hash(data, salt)[:16]
     if len(name) <= _LONGEST and re.fullmatch(r"[0-9A-Za-z](\w*[0-9A-Za-z])?", name, re.ASCII):
         return name.replace("_", "+")
     kept = re.sub(r"[^0-9A-Za-z]+", "+", name).strip("+")[:_LONGEST].rstrip("+")
@@ -253,9 +252,7 @@ def key_of(item: Any, salt: str | None = None) -> str:
         item: an item of the data list.
         salt: a secret, where names are not to be found out, see :func:`label_of`.
     """
-    text = json.dumps(_stamped(item), sort_keys=True).encode()
-    key = b"" if salt is None else salt.encode("utf-8", "surrogatepass")
-    return hmac.new(key, text, hashlib.sha256).hexdigest()
+    return keyed_hash(json.dumps(_stamped(item), sort_keys=True).encode(), salt or "")
 
 
 def fingerprint(network: nn.Module) -> str:

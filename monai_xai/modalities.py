@@ -31,7 +31,7 @@ from monai_xai.attributors.games import (
 from monai_xai.baselines import Baseline, BaselineLike, Blur, Noise, as_baseline
 from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
-from monai_xai.features import Features, FeaturesLike, as_features, feature_masks
+from monai_xai.features import Features, FeaturesLike, as_features, crossed, feature_masks
 from monai_xai.forward import Scoring, guard
 from monai_xai.perturbed import PerturbedScores
 from monai_xai.tables import ClinicalVariables
@@ -290,10 +290,10 @@ class ModalityShapley:
     def _explain(self, scoring: Scoring, target: Target, task: Task) -> ModalityExplanation:
         start = time.perf_counter()
         with guard("ModalityShapley", scoring.values):
-            table, score = self._players(scoring), scoring.score()
+            table, clean = self._players(scoring), scoring.term_scores()
             scores = PerturbedScores(scoring.memory_gib)
             results = {
-                name: self._play(scoring, table, baseline, score, scores)  # type: ignore[arg-type]
+                name: self._play(scoring, table, baseline, clean, scores)  # type: ignore[arg-type]
                 for name, baseline in self.baselines.items()
             }
         found = next(iter(results.values()))
@@ -364,11 +364,11 @@ class ModalityShapley:
         scoring: Scoring,
         players: _Players,
         baseline: Baseline | Mapping[str, Baseline],
-        score: Tensor,
+        clean: Sequence[Tensor],
         scores: PerturbedScores,
     ) -> _Result:
         draws = [
-            Game(scoring, start, players.masks, sum(map(len, players.members)), score, scores)
+            Game(scoring, start, players.masks, sum(map(len, players.members)), clean, scores)
             for start in scoring.draw(baseline)
         ]
         generator = np.random.default_rng(self.seed)
@@ -486,12 +486,11 @@ class _Players(NamedTuple):
         members: list[list[int]] = [[] for _ in names]
         found, first = [], 0
         for mask, fine in zip(masks, finer, strict=True):
-            pairs = mask * (int(fine.max()) + 1) + fine
-            values, dense = torch.unique(pairs, return_inverse=True)
-            for i, value in enumerate(values.tolist()):
-                members[value // (int(fine.max()) + 1)].append(first + i)
-            found.append(dense.reshape(pairs.shape) + first)
-            first += len(values)
+            pieces, owners = crossed(mask, fine)
+            for i, owner in enumerate(owners.tolist()):
+                members[owner].append(first + i)
+            found.append(pieces + first)
+            first += len(owners)
         return cls(names, found, members)
 
     def paint(self, parts: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

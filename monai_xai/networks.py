@@ -55,6 +55,11 @@ def require_module(network: object) -> nn.Module:
     return unwrap(network)
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Return where the parameters of a network are; the CPU if it has none."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def evaluate(network: nn.Module) -> None:
     """Put a network into evaluation mode, and leave exported programs, which have none, as they are."""
     try:

@@ -20,6 +20,7 @@ from scipy.stats import bootstrap, false_discovery_control, mannwhitneyu, wilcox
 from torch import Tensor
 
 from monai_xai.errors import InputError
+from monai_xai.grids import bounding_box
 
 Numbers = NDArray[np.float64]
 
@@ -200,7 +201,7 @@ def shift_null(
     own = int((region & body).sum()) / size
     if own < inside:
         return _nothing(f"only {own:.0%} of the region lie inside the body")
-    kernel = region[_bounding_box(region)]
+    kernel = region[bounding_box(region)]
     fits = _correlate(body.double(), kernel.double()).round() >= inside * size
     value = float(positive[region].sum()) / total
     shares = (_correlate(positive, kernel.double())[fits] / total).cpu().numpy()
@@ -345,12 +346,6 @@ def _undefined(positive: Tensor, region: Tensor, body: Tensor) -> str:
         (not positive.any(), "the map holds nothing positive"),
     )
     return next((reason for holds, reason in causes if holds), "")
-
-
-def _bounding_box(region: Tensor) -> tuple[slice, ...]:
-    places = region.nonzero()
-    starts, ends = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
-    return tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))
 
 
 def _correlate(values: Tensor, kernel: Tensor) -> Tensor:

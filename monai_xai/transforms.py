@@ -20,6 +20,7 @@ from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation, is_place
 from monai_xai.files import writing_whole
+from monai_xai.networks import device_of
 
 logger = logging.getLogger(__name__)
 _PLACE = (
@@ -54,7 +55,7 @@ class Explain(Transform):
 
     def explanation(self, inputs: Tensor | Mapping[str, Tensor], label: Tensor | None = None) -> Explanation:
         """Return the whole explanation, with a batch axis of one, on the device of the inputs."""
-        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        device = device_of(self.network)
         batch = (
             {k: _batched(x, device) for k, x in inputs.items()}
             if isinstance(inputs, Mapping)

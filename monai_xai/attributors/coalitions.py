@@ -22,9 +22,10 @@ from monai_xai.attributors.games import (
     marginals,
     shapley_values,
 )
+from monai_xai.attributors.perturbation import paint_features
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
-from monai_xai.features import Blocks, FeaturesLike, as_features, feature_masks
+from monai_xai.features import Blocks, FeaturesLike, as_features, crossed, feature_masks
 from monai_xai.forward import Scoring, Tensors, guard
 from monai_xai.perturbed import CachedScore, PerturbedScores
 
@@ -66,20 +67,18 @@ class CoalitionAttributor(BaselineAttributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         masks, count = feature_masks(as_features(self.features), scoring.inputs)
-        score = scoring.score()
-        return average([self._play(scoring, start, masks, count, score) for start in self.draws(scoring)])
+        clean = scoring.term_scores()
+        return average([self._play(scoring, start, masks, count, clean) for start in self.draws(scoring)])
 
     def _play(
-        self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, score: Tensor
+        self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, clean: Sequence[Tensor]
     ) -> Attribution:
         scores = PerturbedScores(scoring.memory_gib)
         with guard(self.name, scoring.values):
-            game = Game(scoring, start, masks, count, score, scores)
+            game = Game(scoring, start, masks, count, clean, scores)
             worth = self.solve(scoring, game, count)
-        maps = {
-            name: worth.values[:, mask[0]].expand_as(x).clone()
-            for (name, x), mask in zip(scoring.inputs.items(), masks, strict=True)
-        }
+        maps = scoring.named(paint_features(worth.values, masks, scoring.values))
+        score = game(2**count - 1)
         change, total = score - game(0), worth.values.sum(1)
         facts: dict[str, int | float | str] = {
             "pieces": count,
@@ -160,16 +159,16 @@ class ShapleyValueSampling(SampledCoalitions):
             raise InputError(f"ShapleyValueSampling(tolerance={self.tolerance}) must lie in [0, 1).")
 
     def _play(
-        self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, score: Tensor
+        self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, clean: Sequence[Tensor]
     ) -> Attribution:
         if self.coarse is None:
-            return super()._play(scoring, start, masks, count, score)
+            return super()._play(scoring, start, masks, count, clean)
         coarse, n_coarse = feature_masks(as_features(self.coarse), scoring.inputs)
-        first = super()._play(scoring, start, coarse, n_coarse, score)
+        first = super()._play(scoring, start, coarse, n_coarse, clean)
         worth = _worth_of(first, coarse, n_coarse)
         divided = _fewest_that_hold(worth, _DIVIDED)
         mixed, n_mixed = _divide(coarse, masks, divided)
-        second = super()._play(scoring, start, mixed, n_mixed, score)
+        second = super()._play(scoring, start, mixed, n_mixed, clean)
         facts = {
             "passes": float(first.facts["passes"]) + float(second.facts["passes"]),
             "pieces_of_full_grid": count,
@@ -230,10 +229,9 @@ def _divide(coarse: Sequence[Tensor], fine: Sequence[Tensor], divided: Tensor) -
     """Return masks in which some coarse features are divided into fine ones, and how many features there are."""
     mixed, count = [], 0
     for large, small in zip(coarse, fine, strict=True):
-        pairs = large * (int(small.max()) + 2) + torch.where(divided.to(large.device)[large], small + 1, 0)
-        numbers, dense = torch.unique(pairs, return_inverse=True)
-        mixed.append(dense + count)
-        count += len(numbers)
+        pieces, owners = crossed(large, torch.where(divided.to(large.device)[large], small + 1, 0))
+        mixed.append(pieces + count)
+        count += len(owners)
     return mixed, count
 
 
@@ -429,15 +427,13 @@ class FeaturePermutation(Attributor):
         order = self._exchange(count)
         start = tuple(x[order] for x in scoring.values)
         masks, pieces = feature_masks(as_features(self.features), scoring.inputs)
-        score = scoring.score()
-        game, everyone = Game(scoring, start, masks, pieces, score), 2**pieces - 1
+        everyone = 2**pieces - 1
+        game = Game(scoring, start, masks, pieces, scoring.term_scores())
         without = [everyone ^ (1 << i) for i in range(pieces)]
         game.prepare(scoring.track(without, self.name))
+        score = game(everyone)
         effects = score[:, None] - torch.stack([game(bits) for bits in without], 1)
-        maps = {
-            name: effects[:, mask[0]].expand_as(x).clone()
-            for (name, x), mask in zip(scoring.inputs.items(), masks, strict=True)
-        }
+        maps = scoring.named(paint_features(effects, masks, scoring.values))
         return Attribution(maps, score, facts={"pieces": pieces, "passes": pieces})
 
     def _exchange(self, count: int) -> Sequence[int]:

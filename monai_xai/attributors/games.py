@@ -64,7 +64,7 @@ class Game(Value):
         baseline: what takes the place of missing parts, for each input.
         masks: number of the part that each voxel belongs to, for each input, expandable to it.
         count: how many parts there are.
-        score: the score when all of them are there.
+        clean: the score of every term when all of them are there.
         scores: what asks the network, if several games share it.
     """
 
@@ -74,12 +74,12 @@ class Game(Value):
         baseline: Tensors,
         masks: Sequence[Tensor],
         count: int,
-        score: Tensor,
+        clean: Sequence[Tensor],
         scores: PerturbedScores | None = None,
     ) -> None:
         self._scoring = scoring
         self._scores = scores or PerturbedScores(scoring.memory_gib)
-        self._known = {2**count - 1: score}
+        self._known = {2**count - 1: scoring.sum_scores(clean)}
         self.terms = [
             TermGame(
                 term.near(inputs),
@@ -94,8 +94,8 @@ class Game(Value):
             )
             for term, (inputs, start) in scoring.parts("baseline", scoring.values, baseline)
         ]
-        if len(self.terms) == 1:
-            self.terms[0].learn(2**count - 1, score)
+        for game, own in zip(self.terms, clean, strict=True):
+            game.learn(2**count - 1, own)
 
     def __call__(self, bits: int) -> Tensor:
         if bits not in self._known:
@@ -170,7 +170,7 @@ class TermGame(Value):
     def learn(self, bits: int, score: Tensor) -> None:
         """Take the score of a coalition that is known already."""
         self._asked.add(bits & self._active)
-        self._known[bits & self._active] = score.to(self._inputs[0].device)
+        self._known[bits & self._active] = score
 
     def trials(self, coalitions: Iterable[int]) -> Iterator[Trial[tuple[TermGame, int]]]:
         """Yield what the network has to be asked for coalitions: those that look alike here, once."""

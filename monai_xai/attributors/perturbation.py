@@ -229,9 +229,7 @@ class _FeaturePlan(PaintedPlan):
                 yield Piece(number, source, box, None if inside.all() else inside)
 
     def paint(self, effects: Tensor) -> Tensors:
-        return tuple(
-            effects[:, mask[0]].expand_as(x) for mask, x in zip(self.masks, self.inputs, strict=True)
-        )
+        return paint_features(effects, self.masks, self.inputs)
 
 
 def _boxes_around(labels: Tensor, numbers: Tensor) -> list[tuple[slice, ...]]:
@@ -244,6 +242,11 @@ def _boxes_around(labels: Tensor, numbers: Tensor) -> list[tuple[slice, ...]]:
         tuple(slice(None) if n == 1 else side for side, n in zip(found[number], labels.shape, strict=True))
         for number in (numbers - lowest).tolist()
     ]
+
+
+def paint_features(values: Tensor, masks: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensors:
+    """Return maps with the values of features, shape (N, count), on all of their voxels."""
+    return tuple(values[:, mask[0]].expand_as(x).clone() for mask, x in zip(masks, inputs, strict=True))
 
 
 def see_features(mask: Tensor, axes: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from monai_xai.baselines.base import Baseline
 from monai_xai.errors import AttributionError
+from monai_xai.grids import bounding_box
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Road(Baseline):
         precision = torch.promote_types(x.dtype, torch.float32)
         for index in np.ndindex(*x.shape[:2]):
             if gone[index].any() and not gone[index].all():
-                near = _surroundings(gone[index])
+                near = bounding_box(gone[index], margin=1)  # what is further away has no influence
                 known, removed_here = x[index][near].to(precision), gone[index][near]
                 filled[index][near] = _impute(known, removed_here, _TOLERANCE[x.dtype]).to(x)
         return filled if self.noise == 0 else torch.where(removed, filled + self._noise(x), x)
@@ -58,13 +59,6 @@ class Road(Baseline):
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)
         return noise * self.noise * x.std(tuple(range(2, x.ndim)), keepdim=True, correction=0)
-
-
-def _surroundings(removed: Tensor) -> tuple[slice, ...]:
-    """Return the box around what was removed with one voxel to each side: what is further away has no influence."""
-    places = removed.nonzero()
-    low, high = places.amin(0).tolist(), places.amax(0).tolist()
-    return tuple(slice(max(first - 1, 0), last + 2) for first, last in zip(low, high, strict=True))
 
 
 _MOST_ITERATIONS = 5000

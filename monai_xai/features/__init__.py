@@ -11,6 +11,7 @@ from monai_xai.features.base import (
     PlacedFeatures,
     as_features,
     channel_names,
+    crossed,
     feature_masks,
 )
 from monai_xai.features.supervoxels import Supervoxels
@@ -28,6 +29,7 @@ __all__ = [
     "Supervoxels",
     "as_features",
     "channel_names",
+    "crossed",
     "feature_masks",
     "read_names",
 ]

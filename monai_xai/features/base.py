@@ -206,6 +206,19 @@ def feature_masks(features: Features, inputs: Mapping[str, Tensor]) -> tuple[lis
     return masks, count
 
 
+def crossed(coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pieces into which fine features cut coarse ones, numbered from 0, and which coarse one each is in.
+
+    Args:
+        coarse: feature numbers from 0.
+        fine: feature numbers from 0, of a shape that broadcasts with it.
+    """
+    width = int(fine.max()) + 1
+    pairs = coarse * width + fine
+    numbers, pieces = torch.unique(pairs, return_inverse=True)
+    return pieces.reshape(pairs.shape), numbers // width
+
+
 def channel_names(source: str | Path) -> dict[str, tuple[str, ...]]:
     """Read the modality names of a bundle's inputs from ``channel_def`` in its metadata.
 

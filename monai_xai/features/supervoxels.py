@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from monai_xai.errors import InputError
 from monai_xai.features.base import CaseFeatures
-from monai_xai.grids import Case, RegionLike, grids_of, mask_on_grid
+from monai_xai.grids import Case, RegionLike, bounding_box, grids_of, mask_on_grid
 
 MOST_CUBES = 4
 """An anisotropic image is resampled to at most this many cubes for each of its voxels."""
@@ -88,7 +88,7 @@ class Supervoxels(CaseFeatures):
                 f"Supervoxels(n_segments={self.n_segments}) are more than the {count} voxels of the input {name!r} "
                 "that they divide."
             )
-        box = (slice(None), slice(None), *_bounds(inside))
+        box = (slice(None), slice(None), *bounding_box(inside[0, 0]))
         labels = torch.zeros(inside.shape, dtype=torch.long)
         labels[box] = torch.from_numpy(
             self._divide(_scaled(plain[box], inside[box]), inside[box], self._spacing(x, dims))
@@ -133,13 +133,6 @@ class Supervoxels(CaseFeatures):
         found = torch.from_numpy(labels.astype(np.float32))[None, None]
         back = interpolate(found, image.shape[2:], mode="nearest-exact")[0, 0].numpy().astype(np.int64)
         return _filled(back, inside[0, 0].numpy(), spacing)
-
-
-def _bounds(inside: Tensor) -> tuple[slice, ...]:
-    """Return the box around a mask, shape (1, 1, *spatial)."""
-    places = inside[0, 0].nonzero()
-    low, high = places.amin(0).tolist(), places.amax(0).tolist()
-    return tuple(slice(first, last + 1) for first, last in zip(low, high, strict=True))
 
 
 def _scaled(image: Tensor, inside: Tensor) -> Tensor:

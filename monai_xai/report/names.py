@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -15,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from monai_xai.cohorts import ModalityCohort
+from monai_xai.files import keyed_hash
 from monai_xai.grounding import Grounding
 
 _Value = TypeVar("_Value")
@@ -35,7 +34,7 @@ class Disguise:
     """
 
     def __init__(self, names: Iterable[str], salt: str | None = None) -> None:
-        key = (new_salt() if salt is None else salt).encode("utf-8", "surrogatepass")
+        key = new_salt() if salt is None else salt
         true = sorted({str(name) for name in names} - {""}, key=lambda name: (-len(name), name))
         self.names = _hashed(true, key)
         # A long name is replaced wherever it stands, also within a path; a short one ("7") only as a word, since it
@@ -116,10 +115,8 @@ def disguised_cohort(cohort: ModalityCohort, disguise: Disguise) -> ModalityCoho
     return other
 
 
-def _hashed(names: list[str], key: bytes) -> dict[str, str]:
+def _hashed(names: list[str], key: str) -> dict[str, str]:
     """Return a hash for each name, as short as tells them apart."""
-    digests = [
-        hmac.new(key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest() for name in names
-    ]
+    digests = [keyed_hash(name.encode("utf-8", "surrogatepass"), key) for name in names]
     length = next(n for n in range(8, 65) if len({digest[:n] for digest in digests}) == len(digests))
     return {name: digest[:length] for name, digest in zip(names, digests, strict=True)}
