@@ -38,6 +38,7 @@ _TARGETS = (
     "modalities::target",
     "explainer::target",
 )
+_NETWORKS = {"network_def", "network", "net"}
 _METHODS = ("explain_method", "grounding_explainer::attributor", "explainer::attributor")
 _HANDLERS = ("explain_handler", "grounding_handler", "comparison_handler", "modality_handler")
 
@@ -226,17 +227,24 @@ def find_configs(folder: Path, config: str = "") -> list[Path]:
     Raises:
         InputError: if there is no such file, naming those that are there.
     """
-    if config:
+    if "," in config:
         return [_find_config(folder, name) for name in config.split(",")]
+    if config:
+        return _with_train(folder, _find_config(folder, config))
     for name in ("inference", "evaluate"):
         if file := _config_file(folder, name):
-            train = _config_file(folder, "train")
-            is_partial = "network_def" not in _read([file]) and train is not None
-            return [train, file] if is_partial and train is not None else [file]
+            return _with_train(folder, file)
     raise UnsupportedBundleError(
         f"{folder} has no configs/inference or configs/evaluate (JSON or YAML): choose a config, --config=..., that "
         f"builds an evaluator.{_known(folder)}"
     )
+
+
+def _with_train(folder: Path, file: Path) -> list[Path]:
+    """Return a config, behind that of the training where it builds no network itself, as those of evaluations do."""
+    train = _config_file(folder, "train")
+    is_partial = train is not None and train != file and not _NETWORKS & set(_read_one(file))
+    return [train, file] if is_partial and train is not None else [file]
 
 
 def _find_config(folder: Path, name: str) -> Path:
@@ -270,6 +278,11 @@ def _read_overlay(name: str) -> Config:
         raise InputError(
             f"There is no overlay {name!r}: give a file, or one of {', '.join(overlay_names())}."
         )
+    return _read_one(file)
+
+
+def _read_one(file: Path) -> Config:
+    """Return a config as it is written: one that changes another refers to what only the other has."""
     with _reading(file):
         return dict(ConfigParser.load_config_file(str(file)))
 
@@ -278,7 +291,7 @@ def _read_overlay(name: str) -> Config:
 def _reading(*files: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, LookupError, yaml.YAMLError) as error:
         raise InputError(f"{', '.join(map(str, files))} cannot be read as a config: {error}") from error
 
 

@@ -186,6 +186,28 @@ def test_names_that_a_bundle_does_not_share_are_found(tmp_path):
     assert run.config["initialize"][0] == "$@explain_saver.attach(@validate::evaluator)"
 
 
+@pytest.mark.parametrize("config", ["", "evaluate"])
+def test_an_evaluation_that_changes_the_training_is_read_over_it(tmp_path, config):
+    training = copy.deepcopy(SEGMENTATION)
+    training["validate"] = {"evaluator": training.pop("evaluator")}
+    training["validate"]["evaluator"]["val_handlers"] = "@validate::handlers"
+    training["validate"]["handlers"] = []
+    bundle = make_bundle(tmp_path / "bundle", training)
+    (bundle / "configs" / "inference.json").rename(bundle / "configs" / "train.json")
+    changes = {"validate#handlers": [LOADER], "run": ["$@validate#evaluator.run()"]}
+    (bundle / "configs" / "evaluate.json").write_text(json.dumps(changes))
+    run = BundleRequest(bundle, config=config).build()
+    assert run.config["validate"]["handlers"] == [LOADER]
+    assert run.config["initialize"][0] == "$@explain_saver.attach(@validate::evaluator)"
+
+
+def test_a_config_that_changes_what_is_not_there_is_named(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", SEGMENTATION)
+    (bundle / "configs" / "other.json").write_text(json.dumps({"validate#handlers": []}))
+    with pytest.raises(InputError, match=r"other\.json cannot be read as a config: .*validate"):
+        BundleRequest(bundle, config="other").build()
+
+
 def test_an_image_takes_the_place_of_the_data(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", SEGMENTATION)
     scan = bundle / "scans" / "scan1.nii.gz"
