@@ -88,7 +88,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
             without inferer takes the engine's.
         target: what attributors are asked about.
         every_n_epochs: how often; 1 is every epoch.
-        cases: how many cases of the epoch at most; intervals need 5.
+        cases: how many cases of the epoch at most, None: all; intervals need 5.
         region: where the evidence should be, see :class:`~monai_xai.GroundingHandler`; None: location is not judged.
         within: where the body is, in the same way; None: everywhere.
         criteria: by name; None takes :func:`monai_xai.comparison.default_criteria`.
@@ -116,7 +116,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
         *,
         target: TargetLike | None = None,
         every_n_epochs: int = 1,
-        cases: int = 20,
+        cases: int | None = 20,
         region: Masks | None = None,
         within: Masks | None = None,
         criteria: Mapping[str, Criterion] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,7 +51,7 @@ class Gathering:
 
     Args:
         owner: name of the handler, for errors.
-        n_cases: how many cases of an epoch at most.
+        n_cases: how many cases of an epoch at most; None: all.
         every_n_epochs: which epochs are due.
         case_key: where the batch holds case names; else file names are taken.
         masks: where masks come from, by what they mark; None: nowhere. A "label" that is absent or no mask counts as
@@ -64,18 +65,18 @@ class Gathering:
     def __init__(
         self,
         owner: str,
-        n_cases: int,
+        n_cases: int | None,
         every_n_epochs: int,
         case_key: str,
         masks: Mapping[str, Masks | None],
         labels: Mapping[str, Masks | None] | None = None,
     ) -> None:
-        if min(every_n_epochs, n_cases) < 1:
+        if every_n_epochs < 1 or (n_cases is not None and n_cases < 1):
             raise InputError(
                 f"{owner}(every_n_epochs={every_n_epochs}, cases={n_cases}): both are 1 or more."
             )
         self.owner = owner
-        self.n_cases = n_cases
+        self.n_cases = sys.maxsize if n_cases is None else n_cases
         self.every_n_epochs = every_n_epochs
         self.case_key = case_key
         self.masks = {name: given for name, given in masks.items() if given is not None}

@@ -71,7 +71,7 @@ class GroundingHandler(EpochJudge[Grounding]):
     Args:
         explainer: what is judged, for a single target; without inferer it takes the engine's.
         every_n_epochs: how often; 1 is every epoch.
-        cases: how many cases of the epoch at most; a verdict of GROUNDED needs 20.
+        cases: how many cases of the epoch at most, None: all; a verdict of GROUNDED needs 20.
         region: where the finding is marked: a key of the batch, or a function of it, that gives masks (N, C, *spatial);
             voxels above 0.5 in any channel belong to it. Empty masks count as none. None: not marked, so that location
             is not tested. Where the batch has no masks in its ``"label"``, the same.
@@ -102,7 +102,7 @@ class GroundingHandler(EpochJudge[Grounding]):
         explainer: Explainer,
         *,
         every_n_epochs: int = 1,
-        cases: int = 20,
+        cases: int | None = 20,
         region: Masks | None = None,
         within: Masks | None = None,
         structures: Masks | None = None,

@@ -89,7 +89,7 @@ class EpochJudge(ABC, Generic[Result]):
     place, and counted in ``failures``.
 
     Args:
-        cases: how many cases of the epoch at most.
+        cases: how many cases of the epoch at most; None: all.
         every_n_epochs: how often; 1 is every epoch.
         masks: where masks come from, by what they mark, see :class:`~monai_xai.gathering.Gathering`.
         labels: where label maps come from, likewise.
@@ -112,7 +112,7 @@ class EpochJudge(ABC, Generic[Result]):
     def __init__(
         self,
         *,
-        cases: int,
+        cases: int | None,
         every_n_epochs: int,
         masks: Mapping[str, Masks | None],
         labels: Mapping[str, Masks | None] | None = None,

@@ -531,3 +531,21 @@ def test_a_call_with_prompts_is_made_again_as_the_engine_made_it():
     assert torch.allclose(
         explained.explanations["Saliency"].attributions["image"], x.grad, rtol=0, atol=1e-15
     )
+
+
+@pytest.mark.parametrize(
+    ("overlay", "result"),
+    [
+        ("comparison", "comparison/comparison-1.csv"),
+        ("grounding", "grounding/grounding-1.html"),
+        ("modalities", "modalities/modalities.csv"),
+    ],
+)
+def test_every_question_about_chosen_cases_is_answered(tmp_path, overlay, result):
+    bundle = make_bundle(tmp_path / "bundle", SEGMENTATION)
+    run = BundleRequest(
+        bundle, overlay, cases=[0, 1], target=BOX, output=tmp_path / "out", random_weights=True
+    ).build()
+    text = (run.run() / result).read_text()
+    assert "scan0" in text
+    assert "scan1" in text
