@@ -93,7 +93,6 @@ from monai_xai.features import (
     channel_names,
     read_names,
 )
-from monai_xai.forward import SeveredGradientWarning
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding_handler import GroundingHandler, TensorBoardGroundingHandler
 from monai_xai.handlers import AttributionEvents, AttributionHandler, ExplainedCase, ModalityCohortHandler
@@ -130,6 +129,7 @@ from monai_xai.targets import (
     Target,
 )
 from monai_xai.tensorboard import TensorBoardAttributionHandler
+from monai_xai.terms import SeveredGradientWarning
 from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
 
 __version__ = "0.1.0"

@@ -18,9 +18,10 @@ from monai_xai.calls import CallForm
 from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
-from monai_xai.forward import Scoring, count_not_finite, guard
+from monai_xai.forward import Scoring, guard
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
+from monai_xai.terms import count_not_finite
 
 
 class CompletenessWarning(UserWarning):

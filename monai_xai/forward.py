@@ -8,242 +8,24 @@ sliding-window prediction (:mod:`monai_xai.windows`). A method that works term b
 from __future__ import annotations
 
 import random
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from monai.inferers import Inferer
 from torch import Tensor, nn
-from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
-from monai_xai.calls import CalledNetwork, EmbeddedInput, called_by_position
-from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError, XaiError
+from monai_xai.calls import EmbeddedInput
+from monai_xai.errors import AttributionError, XaiError
+from monai_xai.joined import Asking, JoinedGradients, JoinedScores, Trial
 from monai_xai.networks import evaluate, refuse_quantized
-from monai_xai.targets import Target
+from monai_xai.terms import Tensors, Term
 
-Tensors = tuple[Tensor, ...]
 T = TypeVar("T")
-
-
-class SeveredGradientWarning(UserWarning):
-    """The network cuts its own graph, so that its gradient leaves out what passes there."""
-
-
-def count_not_finite(x: Tensor) -> int:
-    """Return how many values are NaN or infinite; a finite sum spares looking at each."""
-    return 0 if torch.isfinite(x.detach().sum()) else int((~torch.isfinite(x)).sum())
-
-
-class ScoreFunction(nn.Module):
-    """The network and its target as one module: ``(*inputs, *selection)`` to scores of shape (N,).
-
-    Args:
-        network: called with the inputs by position.
-        target: turns the output into scores.
-        n_inputs: how many of the arguments are inputs of the network.
-    """
-
-    def __init__(self, network: nn.Module, target: Target, n_inputs: int) -> None:
-        super().__init__()
-        self.network = network
-        self.target = target
-        self.n_inputs = n_inputs
-
-    def forward(self, *arguments: Tensor) -> Tensor:
-        inputs, selection = arguments[: self.n_inputs], arguments[self.n_inputs :]
-        output = self.target.pick(self.network(*inputs))
-        scores = self.target.score(output, *selection)
-        if scores.shape != inputs[0].shape[:1]:
-            raise InputError(
-                f"{self.target} must give one score per sample, shape ({inputs[0].shape[0]},), got "
-                f"{tuple(scores.shape)} from an output of shape {tuple(output.shape)}."
-            )
-        return scores
-
-
-class Term(ABC):
-    """One call of a function on a part of the inputs.
-
-    The function gets copies: networks that work in place on their input leave the user's as it is.
-
-    Attributes:
-        function: ``(*inputs, *selection)`` to scores of shape (n,).
-        samples: the rows of the batch that it contributes to, n of N.
-    """
-
-    function: nn.Module
-    samples: slice
-
-    @property
-    def network(self) -> nn.Module:
-        """The network inside the function."""
-        network = self.function.network
-        assert isinstance(network, nn.Module)
-        return called_by_position(network)
-
-    @property
-    def joins_batches(self) -> bool:
-        """Whether several parts may go through the function together, also those of other terms.
-
-        Not where the network behind the function is an inferer, or sees the numbers of these very samples in the place
-        of embedded values.
-        """
-        network = self.function.network
-        return isinstance(network, CalledNetwork) and not network.embedded
-
-    @abstractmethod
-    def selection(self) -> Tensors:
-        """Return the further arguments of the function."""
-
-    @abstractmethod
-    def cut(self, inputs: Sequence[Tensor]) -> Tensors:
-        """Return the part of (padded) whole inputs that the function sees."""
-
-    @abstractmethod
-    def add(self, totals: Sequence[Tensor], maps: Sequence[Tensor]) -> None:
-        """Add maps of the part to (padded) whole maps in place: the adjoint of :meth:`cut`."""
-
-    @abstractmethod
-    def blending(self) -> Tensor | float:
-        """Return how much this term's voxels count among all terms that see them; sums to one over all terms."""
-
-    @abstractmethod
-    def coordinates(self, x: Tensor) -> list[Tensor]:
-        """Return, for each axis of an unpadded input after the batch, which indices the part sees; -1 for none."""
-
-    def near(self, inputs: Sequence[Tensor]) -> Term:
-        """Return the same term, made quick at parts that differ from this one in places."""
-        return self
-
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the scores of a part, without a graph, shape (n,)."""
-        with torch.no_grad():
-            return self.function(*(x.clone() for x in inputs), *self.selection())
-
-    def trace(self, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the scores of a part, shape (n,), with a graph that leads to copies of its inputs, and these.
-
-        Raises:
-            UnsupportedNetworkError: if the score does not depend on the inputs.
-        """
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            scores: Tensor = self.function(*(x.clone() for x in leaves), *self.selection())
-        if not scores.requires_grad:
-            raise UnsupportedNetworkError(
-                "The score does not depend on the inputs through autograd (a frozen engine, detach() or arg-max "
-                "on the way?). Use a perturbation method such as FeatureAblation or Occlusion."
-            )
-        return scores, leaves
-
-    def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
-        """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part."""
-        scores, leaves = self.trace(inputs)
-        return scores.detach(), pull_back(scores, leaves)
-
-
-class _Cuts(TorchFunctionMode):
-    """Notes where a network takes values out of the graph: ``Tensor.data`` and ``detach``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CUTTING and args[0].requires_grad and args[0].numel() > 1:
-            self.shapes.append(tuple(args[0].shape))
-        return func(*args, **(kwargs or {}))
-
-    def warn(self, network: nn.Module) -> None:
-        """Warn of what was found."""
-        if self.shapes:
-            warnings.warn(
-                f"{type(network).__name__} takes values of shape {self.shapes[0]} out of its graph (.data, detach()): "
-                "what passes there is left out of its gradient. Mend the network, or use a method that asks for its "
-                "output alone, such as FeatureAblation() or Occlusion(...).",
-                SeveredGradientWarning,
-                stacklevel=2,
-            )
-
-
-_CUTTING = (Tensor.data.__get__, Tensor.detach, torch.detach)  # type: ignore[attr-defined]
-
-
-def pull_back(
-    outputs: Tensor, leaves: Sequence[Tensor], cotangent: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Return what comes back from outputs to leaves; zeros for those that are not used.
-
-    Args:
-        outputs: with a graph.
-        leaves: what it leads to.
-        cotangent: what comes from above; None is 1 everywhere.
-    """
-    cotangent = torch.ones_like(outputs) if cotangent is None else cotangent
-    found = torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
-
-
-def graph_nodes(output: Tensor) -> Iterator[Node]:
-    """Iterate over the nodes of the graph that leads to an output."""
-    seen: set[Node] = set()
-    nodes = [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            nodes.extend(earlier for earlier, _ in node.next_functions)
-
-
-class InfererNetwork(nn.Module):
-    """A network behind an inferer that is no sliding window, as one function of whole inputs.
-
-    Args:
-        network: what the inferer calls.
-        inferer: called as ``inferer(first input, network, *other inputs)``, as MONAI's engines do.
-    """
-
-    def __init__(self, network: nn.Module, inferer: Inferer) -> None:
-        super().__init__()
-        self.network = network
-        self.inferer = inferer
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.inferer(inputs[0], self.network, *inputs[1:])
-
-
-@dataclass(frozen=True)
-class WholeTerm(Term):
-    """The one term of a network that sees whole inputs."""
-
-    function: nn.Module
-    selected: Tensors
-    samples: ClassVar[slice] = slice(None)  # type: ignore[misc]
-
-    def selection(self) -> Tensors:
-        return self.selected
-
-    def cut(self, inputs: Sequence[Tensor]) -> Tensors:
-        return tuple(inputs)
-
-    def add(self, totals: Sequence[Tensor], maps: Sequence[Tensor]) -> None:
-        for total, part in zip(totals, maps, strict=True):
-            total += part
-
-    def blending(self) -> float:
-        return 1.0
-
-    def coordinates(self, x: Tensor) -> list[Tensor]:
-        return [torch.arange(length, device=x.device) for length in x.shape[1:]]
 
 
 class Padding:
@@ -275,8 +57,9 @@ class Scoring:
         progress: whether long work shows a bar.
         drawn: the baselines of these inputs that were drawn already, by identity: several targets share them.
         embedded: inputs that were whole numbers and are explained at the output of their embedding.
-        watched_for_cuts: not empty once a gradient was watched for cuts in the network's graph.
-        memory_gib: what a batch of perturbed inputs may take; None leaves it to :mod:`monai_xai.perturbed`.
+        memory_gib: what a batch of parts may take; None leaves it to :mod:`monai_xai.joined`.
+        joined_scores: gives the scores of parts, in batches.
+        joined_gradients: gives the gradients of parts, in batches.
     """
 
     inputs: Mapping[str, Tensor]
@@ -286,8 +69,9 @@ class Scoring:
     progress: bool = False
     drawn: dict[int, list[Tensors]] = field(default_factory=dict)
     embedded: Mapping[str, EmbeddedInput] = field(default_factory=dict)
-    watched_for_cuts: list[bool] = field(default_factory=list)
     memory_gib: float | None = None
+    joined_scores: JoinedScores = field(default_factory=JoinedScores)
+    joined_gradients: JoinedGradients = field(default_factory=JoinedGradients)
 
     @property
     def values(self) -> Tensors:
@@ -335,8 +119,11 @@ class Scoring:
 
     def term_scores(self, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Return the score of every term at whole inputs (default: the inputs themselves), each of shape (n,)."""
-        parts = self.parts("score", self.values if inputs is None else inputs)
-        return [term(part) for term, (part,) in parts]
+        trials = self._trials("score", self.values if inputs is None else inputs)
+        return [score for _, score in self.joined_scores(trials)]
+
+    def _trials(self, name: str, inputs: Sequence[Tensor]) -> Iterator[Trial[Term]]:
+        return (Trial(term, term, part) for term, (part,) in self.parts(name, inputs))
 
     def sum_scores(self, scores: Iterable[Tensor]) -> Tensor:
         """Sum one score per term, each of shape (n,), to scores of shape (N,)."""
@@ -351,17 +138,14 @@ class Scoring:
 
         The first gradient of a score warns of a network that cuts its own graph.
         """
-
-        def gradient(term: Term, part: Tensors) -> tuple[Tensor, Tensors]:
-            if self.watched_for_cuts:
-                return term.gradient(part)
-            self.watched_for_cuts.append(True)
-            with _Cuts() as cuts:
-                scores, leaves = term.trace(part)
-            cuts.warn(term.network)
-            return scores.detach(), pull_back(scores, leaves)
-
-        return self.propagate("gradient", gradient, self.values if inputs is None else inputs)
+        refuse_quantized(self.terms[0].network)
+        totals, scores = self._zeros(), list[Tensor]()
+        with guard(lambda: self._where("gradient", len(scores)), self.values):
+            trials = self._trials("gradient", self.values if inputs is None else inputs)
+            for term, (score, gradients) in self.joined_gradients(trials):
+                scores.append(score)
+                term.add(totals, gradients)
+        return self.sum_scores(scores), self._whole(totals)
 
     def propagate(
         self,
@@ -399,11 +183,51 @@ class Scoring:
             UnsupportedNetworkError: if the network is quantized, so that nothing comes back through it.
         """
         refuse_quantized(self.terms[0].network)
-        totals = [torch.zeros_like(self.padding.pad(x)) for x in self.values]
+        totals = self._zeros()
         for number, (term, parts) in enumerate(self.parts(name, *wholes)):
-            window = f", window {number + 1} of {len(self.terms)}" if len(self.terms) > 1 else ""
-            with guard(name + window, parts[0]):
+            with guard(self._where(name, number), parts[0]):
                 term.add(totals, attribute(term, *parts))
+        return self._whole(totals)
+
+    def accumulate_jointly(
+        self, name: str, attribute: Callable[..., Asking[Tensors]], *wholes: Sequence[Tensor], held: int
+    ) -> Tensors:
+        """Sum the maps of all terms as :meth:`accumulate` does, by computations that share calls of the network.
+
+        Args:
+            name: what the progress bar says.
+            attribute: gets a term and what it sees of each of ``wholes``; asks for gradients in turn, and returns one
+                map per input.
+            wholes: whole inputs, baselines, …, each in call order.
+            held: how many maps of a term one computation may hold on to.
+        """
+        refuse_quantized(self.terms[0].network)
+        totals, done = self._zeros(), 0
+
+        def work() -> Iterator[Asking[tuple[Term, Tensors]]]:
+            for term, parts in self.parts(name, *wholes):
+                yield keep_term(term, parts)
+
+        def keep_term(term: Term, parts: Sequence[Tensors]) -> Asking[tuple[Term, Tensors]]:
+            return term, (yield from attribute(term, *parts))
+
+        size = sum(x.nbytes for x in self.terms[0].cut(totals))
+        with guard(lambda: self._where(name, done), self.values):
+            for term, maps in self.joined_gradients.side_by_side(work(), held * size):
+                term.add(totals, maps)
+                done += 1
+        return self._whole(totals)
+
+    def _where(self, name: str, done: int) -> str:
+        """Return what goes on once some terms are done."""
+        return f"{name}, window {done + 1} of {len(self.terms)}" if len(self.terms) > 1 else name
+
+    def _zeros(self) -> list[Tensor]:
+        """Return a map of zeros of every padded input."""
+        return [torch.zeros_like(self.padding.pad(x)) for x in self.values]
+
+    def _whole(self, totals: Sequence[Tensor]) -> Tensors:
+        """Return maps of padded inputs as maps of the inputs."""
         return tuple(self.padding.unpad(total) for total in totals)
 
 
@@ -418,20 +242,24 @@ def with_progress(
 
 
 @contextmanager
-def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+def guard(where: str | Callable[[], str], inputs: Sequence[Tensor]) -> Iterator[None]:
     """Turn an error of the host into one that says where it happened and what may help."""
+
+    def there() -> str:
+        return where if isinstance(where, str) else where()
+
     try:
         yield
     except XaiError:
         raise
     except torch.OutOfMemoryError as error:
         raise AttributionError(
-            f"Out of memory in {where}, inputs {[tuple(x.shape) for x in inputs]}. Use smaller windows "
+            f"Out of memory in {there()}, inputs {[tuple(x.shape) for x in inputs]}. Use smaller windows "
             "(SlidingWindowInferer(roi_size=...)), explain fewer samples at a time, or another device."
         ) from error
     except Exception as error:
         raise AttributionError(
-            f"{where} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
+            f"{there()} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
         ) from error
 
 

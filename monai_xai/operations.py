@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Term, graph_nodes
 from monai_xai.networks import refuse_quantized, refuse_scripts
+from monai_xai.terms import Term, graph_nodes
 
 
 class Kind(Enum):

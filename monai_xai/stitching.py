@@ -15,9 +15,11 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from monai_xai.forward import ScoreFunction, Tensors, Term, WholeTerm, with_progress
+from monai_xai.forward import with_progress
+from monai_xai.joined import JoinedGradients, Trial
 from monai_xai.memory import GIB
 from monai_xai.targets import pick_head
+from monai_xai.terms import ScoreFunction, Tensors, Term, WholeTerm
 from monai_xai.windows import (
     Place,
     Windows,
@@ -40,6 +42,7 @@ class StitchedNetwork(nn.Module):
         inferer: the sliding-window inferer.
         head: the part of the network's output that is stitched.
         progress: whether a long backward pass shows a bar.
+        memory_gib: what a batch of windows in the backward pass may take, see :mod:`monai_xai.joined`.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class StitchedNetwork(nn.Module):
         head: str | int | None = None,
         *,
         progress: bool = False,
+        memory_gib: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.inferer = inferer
         self.head = head
         self.progress = progress
+        self._gradients = JoinedGradients(memory_gib)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _Stitch.apply(self, *inputs)  # type: ignore[no-untyped-call]
@@ -94,8 +99,9 @@ class StitchedNetwork(nn.Module):
         totals = [torch.zeros_like(x) for x in padded]
         weights = share_among_windows(windows, cotangent)
         terms = window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weights, inputs)
-        for term in with_progress(terms, "windows", shown=self.progress):
-            _, gradients = term.gradient(term.cut(padded))
+        shown = with_progress(terms, "windows", shown=self.progress)
+        trials = (Trial(term, term, term.cut(padded)) for term in shown)
+        for term, (_, gradients) in self._gradients(trials):
             term.add(totals, gradients)
         return [windows.unpad(total) if need else None for total, need in zip(totals, needed, strict=True)]
 

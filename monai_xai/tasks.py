@@ -15,22 +15,15 @@ from torch import Tensor, nn
 from monai_xai.calls import CalledNetwork, CallForm, ReplayedInferer, find_embeddings
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import is_place
-from monai_xai.forward import (
-    InfererNetwork,
-    ScoreFunction,
-    Scoring,
-    Tensors,
-    WholeTerm,
-    count_not_finite,
-    guard,
-    undisturbed,
-)
+from monai_xai.forward import Scoring, guard, undisturbed
 from monai_xai.grids import Case
+from monai_xai.joined import JoinedGradients, JoinedScores
 from monai_xai.networks import require_module
 from monai_xai.placing import place
 from monai_xai.regions import Needs, Region
 from monai_xai.stitching import StitchedNetwork, StitchedTerm
 from monai_xai.targets import FunctionTarget, Target
+from monai_xai.terms import InfererNetwork, ScoreFunction, Tensors, WholeTerm, count_not_finite
 from monai_xai.windows import is_sliding_window, output_channels, plan_windows, window_scoring
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -162,6 +155,8 @@ class Task:
             drawn=self._drawn,
             embedded=self.network.embedded,
             memory_gib=self.memory_gib,
+            joined_scores=JoinedScores(self.memory_gib),
+            joined_gradients=JoinedGradients(self.memory_gib),
         )
 
     def facts(self, scoring: Scoring) -> dict[str, int]:

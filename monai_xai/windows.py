@@ -27,15 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import (
-    Padding,
-    ScoreFunction,
-    Scoring,
-    Tensors,
-    Term,
-    count_not_finite,
-)
+from monai_xai.forward import Padding, Scoring
 from monai_xai.targets import Target, pick_head
+from monai_xai.terms import ScoreFunction, Tensors, Term, count_not_finite
 
 Place = tuple[slice, ...]
 

@@ -34,8 +34,8 @@ from monai_xai import (
     ShapleyValueSampling,
     UnsupportedNetworkError,
 )
+from monai_xai.joined import OutOfMemoryWarning
 from monai_xai.memory import LiveTensors
-from monai_xai.perturbed import OutOfMemoryWarning
 
 INFERER = SlidingWindowInferer((16, 16), sw_batch_size=1, overlap=0.5)
 REGION = RegionScore(1, Box((3, 5), (9, 14)))

@@ -22,7 +22,7 @@ from monai_xai import (
     StitchedNetwork,
     UnsupportedInfererError,
 )
-from monai_xai.forward import InfererNetwork
+from monai_xai.terms import InfererNetwork
 
 SETTINGS = [
     {"roi_size": 16, "overlap": 0.25},

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Tensors, Term
 from monai_xai.networks import find_layer, refuse_quantized
+from monai_xai.terms import Tensors, Term
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.forward import Scoring
 from monai_xai.operations import Operation, Watch, trace
+from monai_xai.terms import Tensors, Term, pull_back
 
 
 @dataclass(frozen=True)

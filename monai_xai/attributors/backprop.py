@@ -11,8 +11,9 @@ from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.forward import Scoring
 from monai_xai.operations import COMPARISONS, RECTIFIERS, Operation, Watch, passed, trace
+from monai_xai.terms import Tensors, Term, pull_back
 
 _HIDDEN = frozenset(("maximum", "minimum"))
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from monai_xai.baselines import Auto, Baseline, BaselineLike, as_baseline
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
 from monai_xai.spelling import Spelled
+from monai_xai.terms import Tensors
 
 
 @dataclass(frozen=True, eq=False)

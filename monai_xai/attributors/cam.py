@@ -19,8 +19,9 @@ from monai_xai.attributors.activations import activation_and_gradient, hooked, i
 from monai_xai.attributors.backprop import GuidedBackprop
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term
+from monai_xai.forward import Scoring
 from monai_xai.networks import choose_layer, with_grid
+from monai_xai.terms import Tensors, Term
 
 
 @dataclass(frozen=True)

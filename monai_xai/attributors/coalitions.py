@@ -26,8 +26,9 @@ from monai_xai.attributors.perturbation import paint_features
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.features import Blocks, FeaturesLike, as_features, crossed, feature_masks
-from monai_xai.forward import Scoring, Tensors, guard
+from monai_xai.forward import Scoring, guard
 from monai_xai.perturbed import CachedScore, PerturbedScores
+from monai_xai.terms import Tensors
 
 MOST_FEATURES = 14
 """Up to this many features, :class:`ShapleyValues` evaluates all coalitions."""

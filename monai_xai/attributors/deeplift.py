@@ -28,8 +28,9 @@ from torch import Tensor
 from monai_xai.attributors.base import Attribution, BaselineAttributor, average, refuse_repeated_calls
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.forward import Scoring
 from monai_xai.operations import DIVISIONS, Kind, Norm, Operation, Watch, passed, pull_back_through, trace
+from monai_xai.terms import Tensors, Term, pull_back
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from monai_xai.attributors.base import Attribution, BaselineAttributor, average
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
+from monai_xai.terms import Tensors
 
 TEMPERATURE = 1 / 20
 """Of the soft maximum over seeds; the smaller, the closer to the maximum."""

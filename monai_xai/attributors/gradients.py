@@ -12,7 +12,8 @@ from torch import Tensor
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
+from monai_xai.terms import Tensors
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from monai_xai.attributors.base import Attribution, Attributor, BaselineAttribut
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
-from monai_xai.forward import Scoring, Tensors, Term
+from monai_xai.forward import Scoring
+from monai_xai.joined import Asking, JoinedGradients, Trial
+from monai_xai.terms import Tensors, Term
 
 _DEFAULT_TOLERANCE = 0.01
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
@@ -93,55 +95,65 @@ class IntegratedGradients(BaselineAttributor):
         )
         remaining, passes = iter(changes), 0
 
-        def integrate(term: Term, inputs: Tensors, start: Tensors) -> Tensors:
+        def integrate(term: Term, inputs: Tensors, start: Tensors) -> Asking[Tensors]:
             nonlocal passes
             path, change = _Path(term, start, inputs), next(remaining)
             if self.is_adaptive:
-                maps, used = self._refine(path, budget.share(term.samples), scoring)
+                maps, used = yield from self._refine(path, budget.share(term.samples))
             else:
-                maps, used = self._follow_rule(path, scoring)
+                maps, used = yield from self._follow_rule(path, scoring.joined_gradients)
             budget.spend(term.samples, _sums(maps) - change)
             passes += used
             return maps
 
-        maps = scoring.accumulate(self.name, integrate, scoring.values, baseline)
+        maps = scoring.accumulate_jointly(
+            self.name, integrate, scoring.values, baseline, held=2 * _PIECES_KEPT + 2
+        )
         facts = {"passes": passes / max(len(scoring.terms), 1)}
-        return Attribution(dict(zip(scoring.inputs, maps, strict=True)), score, score - total_change, facts)
+        return Attribution(scoring.named(maps), score, score - total_change, facts)
 
     @property
     def is_adaptive(self) -> bool:
         """Whether the path is refined until ``tolerance`` is met."""
         return self.n_steps is None or self.tolerance is not None
 
-    def _follow_rule(self, path: _Path, scoring: Scoring) -> tuple[Tensors, int]:
+    def _follow_rule(self, path: _Path, joined: JoinedGradients) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term by a fixed rule, and the number of its nodes."""
         assert self.n_steps is not None
         rule = gauss_legendre(self.n_steps)
         totals = [torch.zeros_like(x) for x in path.inputs]
-        for node, weight in scoring.track_within(list(zip(*rule, strict=True)), "nodes"):
-            _add(totals, path.gradient([node] * len(path.inputs[0]))[1], weight)
+        done = 0
+        while done < self.n_steps:
+            nodes = rule.nodes[done : done + joined.at_once]
+            found = yield [path.trial([node] * len(path.inputs[0])) for node in nodes]
+            for (_, gradients), weight in zip(found, rule.weights[done:], strict=False):
+                _add(totals, gradients, weight)
+            done += len(nodes)
         return tuple(t * d for t, d in zip(totals, path.direction, strict=True)), self.n_steps
 
-    def _refine(self, path: _Path, shares: Tensor, scoring: Scoring) -> tuple[Tensors, int]:
+    def _refine(self, path: _Path, shares: Tensor) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term, refined for each of its samples, and how many passes that took."""
         least = self.n_steps or 1
         refinements = [_refine(float(share), least, self.max_steps) for share in shares]
         nodes = [next(refinement) for refinement in refinements]
         integrals: dict[int, Tensors] = {}
         passes = 0
-        for _ in scoring.track_within(range(self.max_steps), "nodes"):
-            scores, gradients = path.gradient(nodes)
-            passes += 1
-            slopes = _sums([g * d for g, d in zip(gradients, path.direction, strict=True)]).tolist()
+        while len(integrals) < len(nodes):
+            found = yield [path.trial(column) for column in zip(*nodes, strict=True)]
+            passes += len(found)
+            slopes = [
+                _sums([g * d for g, d in zip(f[1], path.direction, strict=True)]).tolist() for f in found
+            ]
             for row in [row for row in range(len(nodes)) if row not in integrals]:
-                gradient = tuple(g[row] for g in gradients)
-                point = _Point(nodes[row], float(scores[row]), slopes[row], gradient)
+                points = [
+                    _Point(node, float(scores[row]), slope[row], tuple(g[row].clone() for g in gradients))
+                    for node, (scores, gradients), slope in zip(nodes[row], found, slopes, strict=True)
+                ]
                 try:
-                    nodes[row] = refinements[row].send(point)
+                    nodes[row] = refinements[row].send(points)
                 except StopIteration as end:
                     integrals[row] = end.value
-            if len(integrals) == len(nodes):
-                break
+            nodes = [nodes[row] if row not in integrals else (1.0, 1.0) for row in range(len(nodes))]
         stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
         return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
 
@@ -191,13 +203,13 @@ class _Path(NamedTuple):
         """The inputs minus the baseline."""
         return tuple(x - b for x, b in zip(self.inputs, self.start, strict=True))
 
-    def gradient(self, nodes: Sequence[float]) -> tuple[Tensor, Tensors]:
-        """Return scores and gradients at points of the line, one for each sample."""
+    def trial(self, nodes: Sequence[float]) -> Trial[None]:
+        """Return the term at points of the line, one for each sample."""
         points = []
         for x, b in zip(self.inputs, self.start, strict=True):
             node = torch.as_tensor(nodes, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
             points.append(b + node * (x - b))
-        return self.term.gradient(points)
+        return Trial(None, self.term, tuple(points))
 
 
 class _Point(NamedTuple):
@@ -242,8 +254,8 @@ class _Piece(NamedTuple):
             _add(totals, point.gradient, weight)
 
 
-def _refine(share: float, least: int, most: int) -> Generator[float, _Point, Tensors]:
-    """Integrate the gradient of one sample: yields where a point is wanted, returns the integral for each input.
+def _refine(share: float, least: int, most: int) -> Generator[tuple[float, ...], Sequence[_Point], Tensors]:
+    """Integrate the gradient of one sample: yields where points are wanted, returns the integral for each input.
 
     The path is halved where it misses most until it adds up. Gaps of pieces may cancel: their sum must be within
     ``share``, and their sizes must not exceed it by much, or the maps would add up without being right.
@@ -253,8 +265,8 @@ def _refine(share: float, least: int, most: int) -> Generator[float, _Point, Ten
         least: how many points are taken at least.
         most: how many points are taken at most, 3 or more.
     """
-    middle = yield 0.5
-    pieces = [_Piece.of((yield 0.0), middle, (yield 1.0))]
+    first, middle, last = yield 0.0, 0.5, 1.0
+    pieces = [_Piece.of(first, middle, last)]
     totals = [torch.zeros_like(gradient) for gradient in middle.gradient]
     taken, gap, size = 3, 0.0, 0.0  # gap and size: of the pieces that are in the totals already
 
@@ -264,8 +276,7 @@ def _refine(share: float, least: int, most: int) -> Generator[float, _Point, Ten
 
     while pieces and taken + 2 <= most and not (taken >= least and adds_up()):
         first, middle, last = pieces.pop(_by_gap(pieces, max)).points
-        left = yield (first.node + middle.node) / 2
-        right = yield (middle.node + last.node) / 2
+        left, right = yield (first.node + middle.node) / 2, (middle.node + last.node) / 2
         pieces += [_Piece.of(first, left, middle), _Piece.of(middle, right, last)]
         taken += 2
         if len(pieces) > _PIECES_KEPT:

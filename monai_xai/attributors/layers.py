@@ -17,7 +17,8 @@ from monai_xai.attributors.base import Attribution, Attributor, BaselineAttribut
 from monai_xai.attributors.gradients import Saliency
 from monai_xai.baselines import Baseline, BaselineLike, Blur
 from monai_xai.errors import InputError, UnsupportedInfererError
-from monai_xai.forward import Scoring, Tensors, Term, WholeTerm
+from monai_xai.forward import Scoring
+from monai_xai.terms import Tensors, Term, WholeTerm
 
 
 @dataclass(frozen=True)

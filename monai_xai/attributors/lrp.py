@@ -22,7 +22,7 @@ from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
-from monai_xai.forward import Scoring, Tensors, Term, pull_back
+from monai_xai.forward import Scoring
 from monai_xai.operations import (
     ADDITIONS,
     DIVISIONS,
@@ -34,6 +34,7 @@ from monai_xai.operations import (
     pull_back_through,
     trace,
 )
+from monai_xai.terms import Tensors, Term, pull_back
 
 _WEIGHTED = frozenset(
     ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")

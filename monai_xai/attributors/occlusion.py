@@ -23,7 +23,8 @@ from monai_xai.attributors.perturbation import (
 )
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
-from monai_xai.forward import Scoring, Tensors, Term
+from monai_xai.forward import Scoring
+from monai_xai.terms import Tensors, Term
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from torch import Tensor
 from monai_xai.attributors.base import Attribution, BaselineAttributor, average
 from monai_xai.baselines import Baseline, BaselineLike, Blur
 from monai_xai.features import Channels, FeaturesLike, as_features, feature_masks
-from monai_xai.forward import Scoring, Tensors, Term, WholeTerm, guard
-from monai_xai.perturbed import CachedScore, PerturbedScores, Trial
+from monai_xai.forward import Scoring, guard
+from monai_xai.joined import Trial
+from monai_xai.perturbed import CachedScore, PerturbedScores
+from monai_xai.terms import Tensors, Term, WholeTerm
 
 
 class Piece(NamedTuple):

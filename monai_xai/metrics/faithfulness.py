@@ -24,7 +24,7 @@ from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation, rounding
 from monai_xai.features import Blocks, FeaturesLike
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
 from monai_xai.metrics.base import Scores, as_mask, grown, moved, real, undefined_where
 from monai_xai.metrics.perturbations import (
     Disturbed,
@@ -38,6 +38,7 @@ from monai_xai.metrics.perturbations import (
 from monai_xai.metrics.questions import Explained, OpenQuestion, ask, explanation_or_maps, maps_of
 from monai_xai.perturbed import CachedScore
 from monai_xai.tasks import Inputs, Label, TargetLike
+from monai_xai.terms import Tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -17,9 +17,10 @@ from monai_xai.attributors import Attributor
 from monai_xai.baselines import Auto, Baseline, BaselineLike, Blur, Constant, as_baseline
 from monai_xai.errors import InputError
 from monai_xai.features import Blocks, Channels, Features, FeaturesLike, as_features, feature_masks
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
 from monai_xai.metrics.base import as_mask
 from monai_xai.spelling import Spelled
+from monai_xai.terms import Tensors
 
 
 class Imputation:

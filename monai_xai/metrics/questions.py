@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
-from monai_xai.forward import Scoring, Tensors
+from monai_xai.forward import Scoring
 from monai_xai.metrics.base import real
 from monai_xai.regions import Needs
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, Question, TargetLike, Task, as_targets, open_task
+from monai_xai.terms import Tensors
 
 T = TypeVar("T")
 Explained = Explanation | Mapping[str, Tensor] | Tensor

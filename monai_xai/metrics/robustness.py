@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from monai_xai.attributors.activations import interpolated
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
-from monai_xai.forward import Tensors, with_progress
+from monai_xai.forward import with_progress
 from monai_xai.metrics.base import CONSTANT, NOT_FINITE, NOTHING, Scores, real, undefined_where
 from monai_xai.metrics.faithfulness import correlation
 from monai_xai.metrics.localization import relevance_mass
@@ -35,6 +35,7 @@ from monai_xai.metrics.similarity import SimilarityKind, mean_similarity
 from monai_xai.spelling import Spelled
 from monai_xai.statistics import icc21
 from monai_xai.tasks import Inputs, Label, like
+from monai_xai.terms import Tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,0 +1,296 @@
+"""Parts of inputs that go through the network together, as many to a call as memory holds.
+
+Whoever wants scores or gradients says lazily of which parts (whole images, windows); here they fill batches together,
+whichever window or perturbation they come from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from monai_xai.memory import GIB, LiveTensors
+from monai_xai.terms import Cuts, Tensors, Term, gradient
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+Returned = TypeVar("Returned")
+Gradient = tuple[Tensor, Tensors]
+
+ON_CPU = 1 / 16
+"""GiB of a batch on a CPU, if nothing is said: as measured, larger ones fall out of its caches and are slower."""
+OF_GPU = 1 / 4
+"""Share of a GPU's free memory that a batch may take, if nothing is said."""
+MOST_PARTS = 64
+"""Most parts of a batch: more do not make a call cheaper."""
+
+
+class Trial(NamedTuple, Generic[Key]):
+    """A part of inputs that is to go through the network.
+
+    Args:
+        key: what it is to whoever asks.
+        term: whose part it is.
+        part: what the term sees.
+    """
+
+    key: Key
+    term: Term
+    part: Tensors
+
+    def fits(self, other: Trial[Any]) -> bool:
+        """Tell whether one call can take both."""
+        shapes = ([(x.shape[1:], x.dtype, x.device) for x in trial.part] for trial in (self, other))
+        return self.term.function is other.term.function and next(shapes) == next(shapes)
+
+
+Asking = Generator[list[Trial[Any]], list[Gradient], Returned]
+"""A computation that asks for gradients in turn: it yields trials and gets scores and gradients of each."""
+
+
+class OutOfMemoryWarning(UserWarning):
+    """A batch did not fit into memory; half of it is tried from now on."""
+
+
+class Joined(ABC, Generic[Result]):
+    """What trials give, in their order, from as few calls of the network as memory allows.
+
+    How many make a batch is found once, from what the first call holds at its peak. It does not change the results but
+    for rounding: that the parts of a batch do not influence each other is checked once, and where they do (batch
+    statistics), or the network takes no batch of this size, each part is a call of its own.
+
+    Args:
+        memory_gib: what a batch may take; None: what is quickest on a CPU, a quarter of what is free on a GPU. A part
+            that takes more goes alone.
+
+    Attributes:
+        evaluations: how many parts went through the network.
+    """
+
+    def __init__(self, memory_gib: float | None = None) -> None:
+        self.evaluations = 0
+        self._memory_gib = memory_gib
+        self._size = 0
+        self._bytes = 0.0
+        self._is_checked = False
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
+        """Yield the key of each trial with what it gives."""
+        waiting: list[Trial[Key]] = []
+        for trial in trials:
+            if waiting and not (len(waiting) < self._size and waiting[0].fits(trial)):
+                yield from zip([w.key for w in waiting], self._together(waiting), strict=True)
+                waiting = []
+            if trial.term.joins_batches:
+                waiting.append(trial)
+            else:
+                yield trial.key, self._call([trial])[0]
+        if len(waiting) == 1:
+            yield waiting[0].key, self._call(waiting)[0]
+        elif waiting:
+            yield from zip([w.key for w in waiting], self._together(waiting), strict=True)
+
+    def _measured(self, trial: Trial[Any]) -> Result:
+        """Return what a trial gives by itself, and find how many like it make a batch."""
+        with LiveTensors() as live:
+            result = self._call([trial])[0]
+        needed = live.peak + sum(x.nbytes for x in trial.part)
+        self._bytes = self._room(trial, needed)
+        self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
+        return result
+
+    def _room(self, trial: Trial[Any], needed: int) -> float:
+        """Return how many bytes a batch may take, of which one part needs some."""
+        if self._memory_gib is not None:
+            return self._memory_gib * GIB
+        device = trial.part[0].device
+        return OF_GPU * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ON_CPU * GIB
+
+    def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return what trials give that fit together."""
+        if not self._size:
+            return [self._measured(trials[0])]
+        return self._in_batches(trials) if self._is_checked or len(trials) == 1 else self._checked(trials)
+
+    def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return results, after a look whether what a part gives depends on what else is in its batch.
+
+        The last part is asked for alone as well: what a network takes from the first of a batch would not show in it.
+        """
+        try:
+            results = self._in_batches(trials)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+                raise
+            self._size = 1  # made for a batch of its own size; an error that has another cause comes again
+            return self._in_batches(trials)
+        if self._size < len(trials):
+            return results  # memory did not hold the batch: the next one is looked at
+        self._is_checked = True
+        alone = self._call(trials[-1:])[0]
+        if self._agree(alone, results[-1]):
+            return results
+        self._distrust(trials[-1], alone)
+        self._size = 1
+        return self._in_batches(trials)
+
+    def _distrust(self, trial: Trial[Any], result: Result) -> None:
+        """Take note of a trial that gave something else in its batch than alone."""
+
+    def _in_batches(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return what each trial gives; where memory does not hold a batch, from smaller ones."""
+        while True:
+            size = min(self._size, len(trials))
+            try:
+                batches = (trials[start : start + size] for start in range(0, len(trials), size))
+                return [result for batch in batches for result in self._call(batch)]
+            except RuntimeError as error:
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+            self._size = size // 2
+            warnings.warn(
+                f"Memory does not hold a batch of {size} inputs; going on with {self._size}.",
+                OutOfMemoryWarning,
+                stacklevel=2,
+            )
+
+    def _call(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return what each trial gives, from one call of the network."""
+        self.evaluations += len(trials)
+        return self._ask(trials)
+
+    @abstractmethod
+    def _ask(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return what each trial gives, from one call of the network."""
+
+    @staticmethod
+    @abstractmethod
+    def _agree(one: Result, other: Result) -> bool:
+        """Tell whether two results are the same but for rounding."""
+
+    def _batch(self, trials: Sequence[Trial[Any]]) -> tuple[Tensors, Tensors]:
+        """Return the inputs and the further arguments of all trials in one."""
+        columns = zip(*((*trial.part, *trial.term.selection()) for trial in trials), strict=True)
+        with torch.no_grad():
+            batch = tuple(self._join(number, rows) for number, rows in enumerate(columns))
+        n_inputs = len(trials[0].part)
+        return batch[:n_inputs], batch[n_inputs:]
+
+    def _join(self, number: int, rows: tuple[Tensor, ...]) -> Tensor:
+        """Return an argument of all trials, in memory that is kept: new memory costs more than the copy."""
+        count, kept = sum(map(len, rows)), self._kept.get(number)
+        if (
+            kept is None
+            or len(kept) < count
+            or kept.shape[1:] != rows[0].shape[1:]
+            or kept.dtype != rows[0].dtype
+        ):
+            kept = self._kept[number] = torch.cat(rows)
+            return kept
+        return torch.cat(rows, out=kept[:count])
+
+
+class JoinedScores(Joined[Tensor]):
+    """The scores of trials, each of shape (n,), without a graph."""
+
+    def _ask(self, trials: Sequence[Trial[Any]]) -> list[Tensor]:
+        first = trials[0]
+        if len(trials) == 1:
+            return [first.term(first.part)]
+        inputs, selection = self._batch(trials)
+        with torch.no_grad():
+            scores: Tensor = first.term.function(*inputs, *selection)
+        return list(scores.clone().split([len(trial.part[0]) for trial in trials]))
+
+    @staticmethod
+    def _agree(one: Tensor, other: Tensor) -> bool:
+        """Tell whether scores are the same up to half of their digits."""
+        tolerance = torch.finfo(one.dtype).eps ** 0.5
+        largest = float(one.abs().nan_to_num().max())
+        return torch.allclose(one, other, rtol=0, atol=tolerance * largest, equal_nan=True)
+
+
+class JoinedGradients(Joined[Gradient]):
+    """The scores of trials, each of shape (n,), and their gradients with respect to every input of the part.
+
+    The first warns of a network that cuts its own graph.
+    """
+
+    _ALIKE: ClassVar[float] = 0.01
+    """Share of its norm by which a gradient may differ: where ReLU switches, rounding moves single values far."""
+
+    def __init__(self, memory_gib: float | None = None) -> None:
+        super().__init__(memory_gib)
+        self._is_watched = False
+
+    def _ask(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
+        if self._is_watched:
+            return self._propagate(trials)
+        self._is_watched = True
+        with Cuts() as cuts:
+            found = self._propagate(trials)
+        cuts.warn(trials[0].term.network)
+        return found
+
+    def _propagate(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
+        first = trials[0]
+        if len(trials) == 1:
+            return [first.term.gradient(first.part)]
+        scores, gradients = gradient(first.term.function, *self._batch(trials))
+        sizes = [len(trial.part[0]) for trial in trials]
+        columns = zip(*(g.split(sizes) for g in gradients), strict=True)
+        return list(zip(scores.split(sizes), columns, strict=True))
+
+    @classmethod
+    def _agree(cls, one: Gradient, other: Gradient) -> bool:
+        if not JoinedScores._agree(one[0], other[0]):
+            return False
+        pairs = zip(one[1], other[1], strict=True)
+        return all(bool((a - b).norm() <= cls._ALIKE * a.norm()) or bool(a.isnan().any()) for a, b in pairs)
+
+    @property
+    def at_once(self) -> int:
+        """How many parts it is worth to ask for at a time."""
+        return self._size or 2
+
+    def side_by_side(self, routines: Iterable[Asking[Returned]], held: float) -> Iterator[Returned]:
+        """Run computations that ask for gradients in turn, so that several share a call of the network.
+
+        Args:
+            routines: begun when their turn comes.
+            held: how many bytes one of them may hold on to: no more run at a time than the memory of a batch holds.
+
+        Yields:
+            What they return, in the order in which they end.
+        """
+        waiting = iter(routines)
+        running: list[tuple[Asking[Returned], list[Trial[Any]]]] = []
+        while True:
+            most = min(self.at_once, max(1, int(self._bytes // held))) if self._size else 2
+            while len(running) < most and (routine := next(waiting, None)):
+                running.append((routine, next(routine)))
+            if not running:
+                return
+            answers: list[list[Gradient]] = [[] for _ in running]
+            asked = (
+                Trial(number, t.term, t.part) for number, (_, trials) in enumerate(running) for t in trials
+            )
+            for number, found in self(asked):
+                answers[number].append(found)
+            ongoing = []
+            for (routine, _), answer in zip(running, answers, strict=True):
+                try:
+                    ongoing.append((routine, routine.send(answer)))
+                except StopIteration as end:
+                    yield end.value
+            running = ongoing
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
