@@ -48,8 +48,9 @@ class Explainer:
             an explainer says which other setting of the method closes the gap on this network and case, as measured,
             where one attribution takes less than half a minute.
         on_gap: "raise" makes an :class:`~monai_xai.AttributionError` of it. No map is ever rescaled to add up.
-        memory_gib: what a batch of perturbed inputs may take, of methods that perturb; None: what is quickest on a
-            CPU, a quarter of what is free on a GPU. Results do not depend on it but for rounding.
+        memory_gib: what a batch of windows or perturbed inputs may take; None: what is quickest on a CPU (64 MiB), a
+            quarter of what is free on a GPU. Results do not depend on it but for rounding. Gradients of a window that
+            takes more go through the network alone.
 
     Example:
         >>> import torch

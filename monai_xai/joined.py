@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monai_xai.memory import GIB, LiveTensors
-from monai_xai.terms import Cuts, Tensors, Term, gradient
+from monai_xai.terms import Cuts, Tensors, Term, pull_back, trace
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -28,6 +28,9 @@ OF_GPU = 1 / 4
 """Share of a GPU's free memory that a batch may take, if nothing is said."""
 MOST_PARTS = 64
 """Most parts of a batch: more do not make a call cheaper."""
+
+AHEAD = 8
+"""How far computations that run side by side may be apart."""
 
 
 class Trial(NamedTuple, Generic[Key]):
@@ -230,22 +233,21 @@ class JoinedGradients(Joined[Gradient]):
         self._is_watched = False
 
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
+        first = trials[0]
+        inputs, selection = self._batch(trials) if len(trials) > 1 else (first.part, first.term.selection())
+        scores, leaves = self._trace(first.term, inputs, selection)
+        sizes = [len(trial.part[0]) for trial in trials]
+        columns = zip(*(g.split(sizes) for g in pull_back(scores, leaves)), strict=True)
+        return list(zip(scores.detach().split(sizes), columns, strict=True))
+
+    def _trace(self, term: Term, inputs: Tensors, selection: Tensors) -> tuple[Tensor, list[Tensor]]:
         if self._is_watched:
-            return self._propagate(trials)
+            return trace(term.function, inputs, selection)
         self._is_watched = True
         with Cuts() as cuts:
-            found = self._propagate(trials)
-        cuts.warn(trials[0].term.network)
+            found = trace(term.function, inputs, selection)
+        cuts.warn(term.network)
         return found
-
-    def _propagate(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
-        first = trials[0]
-        if len(trials) == 1:
-            return [first.term.gradient(first.part)]
-        scores, gradients = gradient(first.term.function, *self._batch(trials))
-        sizes = [len(trial.part[0]) for trial in trials]
-        columns = zip(*(g.split(sizes) for g in gradients), strict=True)
-        return list(zip(scores.split(sizes), columns, strict=True))
 
     @classmethod
     def _agree(cls, one: Gradient, other: Gradient) -> bool:
@@ -267,29 +269,34 @@ class JoinedGradients(Joined[Gradient]):
             held: how many bytes one of them may hold on to: no more run at a time than the memory of a batch holds.
 
         Yields:
-            What they return, in the order in which they end.
+            What they return, in the order in which they end. None begins before all are known that come
+            :data:`AHEAD` or more before it, so that what it takes from these does not depend on memory.
         """
-        waiting = iter(routines)
-        running: list[tuple[Asking[Returned], list[Trial[Any]]]] = []
+        waiting = enumerate(routines)
+        running: dict[int, tuple[Asking[Returned], list[Trial[Any]]]] = {}
+        begun = 0
         while True:
             most = min(self.at_once, max(1, int(self._bytes // held))) if self._size else 2
-            while len(running) < most and (routine := next(waiting, None)):
-                running.append((routine, next(routine)))
+            while (
+                len(running) < most
+                and begun - min(running, default=begun) < AHEAD
+                and (new := next(waiting, None))
+            ):
+                number, routine = new
+                running[number] = routine, next(routine)
+                begun = number + 1
             if not running:
                 return
-            answers: list[list[Gradient]] = [[] for _ in running]
-            asked = (
-                Trial(number, t.term, t.part) for number, (_, trials) in enumerate(running) for t in trials
-            )
+            answers: dict[int, list[Gradient]] = {number: [] for number in running}
+            asked = (Trial(n, t.term, t.part) for n, (_, trials) in running.items() for t in trials)
             for number, found in self(asked):
                 answers[number].append(found)
-            ongoing = []
-            for (routine, _), answer in zip(running, answers, strict=True):
+            for number, answer in answers.items():
+                routine, _ = running.pop(number)
                 try:
-                    ongoing.append((routine, routine.send(answer)))
+                    running[number] = routine, routine.send(answer)
                 except StopIteration as end:
                     yield end.value
-            running = ongoing
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

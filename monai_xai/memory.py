@@ -71,6 +71,14 @@ class LiveTensors(TorchDispatchMode):
         ...         _ = torch.ones(256, dtype=torch.float32) + 1
         >>> live.peak
         2048
+
+    Views of what was there before do not count:
+
+        >>> ones = torch.ones(256)
+        >>> with LiveTensors() as live:
+        ...     _ = ones[:2] + 1
+        >>> live.peak
+        8
     """
 
     def __init__(self) -> None:
@@ -80,9 +88,9 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(results):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given:
                 reference = StorageWeakRef(storage)
                 self._alive[reference.cdata] = reference, storage.nbytes()
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}

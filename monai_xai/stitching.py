@@ -95,7 +95,7 @@ class StitchedNetwork(nn.Module):
     ) -> list[Tensor | None]:
         """Return the gradient of ``sum(cotangent * output)`` with respect to the needed inputs."""
         windows = plan_windows(self.inferer, inputs)
-        padded = [windows.pad(x) for x in inputs]
+        padded = [windows.pad(x.detach()) for x in inputs]
         totals = [torch.zeros_like(x) for x in padded]
         weights = share_among_windows(windows, cotangent)
         terms = window_terms(windows, _Contraction(self.network, self.head, len(inputs)), weights, inputs)

@@ -215,16 +215,16 @@ def test_several_explainers_are_kept_apart_by_name():
 
 def test_the_engines_own_inferer_and_prediction_are_explained():
     inferer, recorder = SlidingWindowInferer(8, overlap=0.5), Recorder()
-    network, calls = small_unet(), []
+    network, rows = small_unet(), []
     explainer = Explainer(RegionScore(1), Saliency())
     engine = evaluator(
         [AttributionHandler(explainer), recorder], data=cases(1), network=network, inferer=inferer
     )
-    network.register_forward_hook(lambda *_: calls.append(1))
+    network.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     engine.run()
     explanation = next(iter(recorder.explained[0].explanations.values()))
     assert explanation.facts["windows"] == 9
-    assert len(calls) == 9 + explanation.facts["active_windows"]
+    assert sum(rows) == 9 + explanation.facts["active_windows"] + 1  # one is repeated to check its batch
 
 
 def test_extra_inputs_of_prepare_batch_are_explained_by_name():

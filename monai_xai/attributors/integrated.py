@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
@@ -15,7 +16,7 @@ from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
-from monai_xai.joined import Asking, JoinedGradients, Trial
+from monai_xai.joined import AHEAD, Asking, JoinedGradients, Trial
 from monai_xai.terms import Tensors, Term
 
 _DEFAULT_TOLERANCE = 0.01
@@ -90,19 +91,18 @@ class IntegratedGradients(BaselineAttributor):
     def _integrate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
         score, changes = self._ends(scoring, baseline)
         total_change = scoring.sum_scores(changes)
-        budget = _Budget(
-            self._relative_gap() * total_change.abs() + rounding(score, score - total_change), scoring
-        )
-        remaining, passes = iter(changes), 0
+        allowed = self._relative_gap() * total_change.abs() + rounding(score, score - total_change)
+        budget = _Budget(allowed, scoring.terms)
+        numbers, passes = itertools.count(), 0
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Asking[Tensors]:
             nonlocal passes
-            path, change = _Path(term, start, inputs), next(remaining)
+            path, number = _Path(term, start, inputs), next(numbers)
             if self.is_adaptive:
-                maps, used = yield from self._refine(path, budget.share(term.samples))
+                maps, used = yield from self._refine(path, budget.share(number))
             else:
                 maps, used = yield from self._follow_rule(path, scoring.joined_gradients)
-            budget.spend(term.samples, _sums(maps) - change)
+            budget.spend(number, _sums(maps) - changes[number])
             passes += used
             return maps
 
@@ -170,25 +170,37 @@ class IntegratedGradients(BaselineAttributor):
 
 
 class _Budget:
-    """How much of the allowed gap each remaining term may use; what one saves, the later ones may spend."""
+    """How much of the allowed gap each remaining term may use; what one saves, later ones may spend.
 
-    def __init__(self, allowed: Tensor, scoring: Scoring) -> None:
+    Terms run side by side, in an order that depends on memory: what counts for a term is what those saved that come
+    :data:`~monai_xai.joined.AHEAD` before it.
+    """
+
+    def __init__(self, allowed: Tensor, terms: Sequence[Term]) -> None:
         self._allowed = allowed
+        self._terms = terms
         self._gap = torch.zeros_like(allowed)
         self._remaining = torch.zeros_like(allowed)
-        for term in scoring.terms:
+        for term in terms:
             self._remaining[term.samples] += 1
         self._equal = allowed / self._remaining.clamp(min=1)
+        self._gaps: dict[int, Tensor] = {}
+        self._counted = 0
 
-    def share(self, samples: slice) -> Tensor:
-        """Return the gap that the next term of these samples may have: never less than an equal share of all."""
+    def share(self, number: int) -> Tensor:
+        """Return the gap that a term may have, by its place in the order: never less than an equal share of all."""
+        while self._counted <= number - AHEAD:
+            samples = self._terms[self._counted].samples
+            self._gap[samples] += self._gaps.pop(self._counted)
+            self._remaining[samples] -= 1
+            self._counted += 1
+        samples = self._terms[number].samples
         left = self._allowed[samples] - self._gap[samples].abs()
         return (left / self._remaining[samples].clamp(min=1)).clamp(min=self._equal[samples])
 
-    def spend(self, samples: slice, gap: Tensor) -> None:
+    def spend(self, number: int, gap: Tensor) -> None:
         """Note the gap that a term has."""
-        self._gap[samples] += gap.to(self._gap)
-        self._remaining[samples] -= 1
+        self._gaps[number] = gap.to(self._gap)
 
 
 class _Path(NamedTuple):

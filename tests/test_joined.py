@@ -1,0 +1,191 @@
+"""Gradients of several windows in one call of the network: the same as one by one, and only where that is safe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from networks import random_image, small_unet
+from torch import Tensor, nn
+
+from monai_xai import (
+    Blur,
+    Box,
+    Explainer,
+    GradientShap,
+    InputXGradient,
+    IntegratedGradients,
+    NoiseTunnel,
+    RegionScore,
+    Saliency,
+)
+from monai_xai.joined import OutOfMemoryWarning
+from monai_xai.memory import LiveTensors
+
+INFERER = SlidingWindowInferer((16, 16), overlap=0.5)
+METHODS = {
+    "Saliency": Saliency(),
+    "InputXGradient": InputXGradient(),
+    "adaptive": IntegratedGradients(baseline=Blur(), tolerance=0.002),
+    "fixed": IntegratedGradients(7, Blur()),
+    "GradientShap": GradientShap(5),
+    "NoiseTunnel": NoiseTunnel(n_samples=3),
+}
+TARGETS = {
+    "windows": RegionScore(1, Box((3, 5), (40, 30))),
+    "stitched": lambda output: output.softmax(1)[:, 1].mean((1, 2)),
+}
+
+
+class Watched(nn.Module):
+    """Notes how many samples every call with a graph has, and what they are like."""
+
+    def __init__(self, network: nn.Module, calls: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.note = calls.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            self.note(len(x))
+        return self.network(x)
+
+
+def explain(method, network, x, target="windows", inferer=INFERER, **options):
+    explainer = Explainer(TARGETS[target], method, inferer, progress=False, tolerated_gap=10.0, **options)
+    return explainer(network, x)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_do_not_depend_on_the_size_of_batches(method, target):
+    network, x = Watched(small_unet(), calls := []), random_image(2, 2, 48, 40)
+    one = explain(METHODS[method], network, x, target, memory_gib=1e-6)
+    alone, together = calls.copy(), calls
+    calls.clear()
+    many = explain(METHODS[method], network, x, target, memory_gib=1.0)
+    assert max(alone) == 1
+    assert max(together) > 4
+    assert len(together) < len(alone) / 3
+    torch.testing.assert_close(one.score, many.score, rtol=1e-12, atol=0)
+    torch.testing.assert_close(one.attributions["image"], many.attributions["image"], rtol=0, atol=1e-12)
+    assert one.facts == many.facts
+
+
+def test_a_network_that_sees_whole_inputs_gets_several_nodes_of_the_path_at_once():
+    network, x = Watched(small_unet(), calls := []), random_image(1, 2, 32, 32)
+    found = explain(IntegratedGradients(12), network, x, inferer=None)
+    assert found.facts["passes"] == 12
+    assert len(calls) < 7
+    reference = explain(IntegratedGradients(12), network, x, inferer=None, memory_gib=1e-6)
+    torch.testing.assert_close(found.attributions["image"], reference.attributions["image"], rtol=0, atol=1e-12)
+
+
+class BatchStatistics(nn.Module):
+    """Centers on the mean of the whole batch: what a sample gives depends on its neighbors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x - x.mean())
+
+
+class OneByOne(nn.Module):
+    """Refuses batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == 1
+        return self.body(x)
+
+
+@pytest.mark.parametrize("network", [BatchStatistics(), OneByOne()], ids=lambda n: type(n).__name__)
+def test_where_samples_influence_each_other_windows_go_alone(network):
+    x = random_image(1, 2, 48, 40)
+    joint = explain(Saliency(), network, x)
+    alone = explain(Saliency(), network, x, memory_gib=1e-6)
+    torch.testing.assert_close(joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12)
+
+
+class ScoreAlone(torch.autograd.Function):
+    """Adds nothing to the output, and the mean of the batch to its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + gradient.mean(0, keepdim=True)
+
+
+class CoupledBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ScoreAlone.apply(self.body(x))
+
+
+def test_a_gradient_that_depends_on_the_batch_is_seen_though_the_score_does_not():
+    network, x = CoupledBackward(), random_image(1, 2, 48, 40)
+    joint = explain(Saliency(), network, x)
+    alone = explain(Saliency(), network, x, memory_gib=1e-6)
+    torch.testing.assert_close(joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12)
+
+
+class Cramped(nn.Module):
+    """Has no memory for the graph of more than two samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and len(x) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return self.body(x)
+
+
+def test_where_memory_does_not_hold_a_batch_smaller_ones_are_taken():
+    network, x = Cramped(), random_image(1, 2, 48, 40)
+    with pytest.warns(OutOfMemoryWarning):
+        joint = explain(Saliency(), network, x)
+    alone = explain(Saliency(), network, x, memory_gib=1e-6)
+    torch.testing.assert_close(joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12)
+
+
+def test_memory_of_a_batch_of_windows_stays_within_what_is_allowed():
+    network, x = small_unet(), random_image(1, 2, 160, 160)
+
+    def peak(method, gib):
+        with LiveTensors() as live:
+            explain(method, network, x, memory_gib=gib)
+        return live.peak
+
+    for method in (Saliency(), IntegratedGradients(9), IntegratedGradients()):
+        allowed = 2**-9
+        assert peak(method, allowed) - peak(method, 1e-6) < 1.2 * allowed * 2**30
+
+
+def test_an_error_names_the_window_in_which_it_came():
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small_unet()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.requires_grad and (x == 7).any():
+                raise RuntimeError("seven")
+            return self.body(x)
+
+    x = random_image(1, 2, 48, 40)
+    x[..., -1, -1] = 7.0
+    with pytest.raises(RuntimeError, match=r"window 1\d of 20.*seven"):
+        Explainer(RegionScore(1, Box((0, 0), (48, 40))), Saliency(), INFERER, memory_gib=1e-6)(Fails(), x)
