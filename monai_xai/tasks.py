@@ -189,7 +189,9 @@ class Task:
         if self.inferer is None or isinstance(self.inferer, SimpleInferer):
             return self.network
         if sliding := self._sliding:
-            return StitchedNetwork(self.network, sliding, head, progress=self.progress)
+            return StitchedNetwork(
+                self.network, sliding, head, progress=self.progress, memory_gib=self.memory_gib
+            )
         is_replayed = isinstance(self.inferer, ReplayedInferer)
         return InfererNetwork(self.network.network if is_replayed else self.network, self.inferer)
 

@@ -1,7 +1,8 @@
 """Sliding windows, exactly: a stitched prediction is one function of the whole volume.
 
 A sliding-window prediction is ``S(p) = sum_w a_w(p) f(x_w)(p) / A(p)`` with windows ``w``, importance weights ``a_w``
-and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one window's graph:
+and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one window's graph, or of as many small
+ones as fit into a fixed room (:mod:`monai_xai.joined`):
 
 - :class:`~monai_xai.stitching.StitchedNetwork` is that prediction as a differentiable module: forward as the inferer
   does it, backward window by window with recomputation. It serves every differentiable target.
