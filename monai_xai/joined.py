@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monai_xai.memory import GIB, LiveTensors
-from monai_xai.terms import Cuts, Tensors, Term, pull_back, trace
+from monai_xai.terms import Cuts, Tensors, Term, pull_back, trace_inputs
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -242,10 +242,10 @@ class JoinedGradients(Joined[Gradient]):
 
     def _trace(self, term: Term, inputs: Tensors, selection: Tensors) -> tuple[Tensor, list[Tensor]]:
         if self._is_watched:
-            return trace(term.function, inputs, selection)
+            return trace_inputs(term.function, inputs, selection)
         self._is_watched = True
         with Cuts() as cuts:
-            found = trace(term.function, inputs, selection)
+            found = trace_inputs(term.function, inputs, selection)
         cuts.warn(term.network)
         return found
 

@@ -122,7 +122,7 @@ class Term(ABC):
         Raises:
             UnsupportedNetworkError: if the score does not depend on the inputs.
         """
-        return trace(self.function, inputs, self.selection())
+        return trace_inputs(self.function, inputs, self.selection())
 
     def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
         """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part."""
@@ -171,7 +171,7 @@ def pull_back(
     return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
 
 
-def trace(
+def trace_inputs(
     function: nn.Module, inputs: Sequence[Tensor], selection: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return ``function(*inputs, *selection)`` with a graph that leads to copies of the inputs, and these.
@@ -198,7 +198,7 @@ def gradient(
     Raises:
         UnsupportedNetworkError: if it does not depend on the inputs.
     """
-    scores, leaves = trace(function, inputs, selection)
+    scores, leaves = trace_inputs(function, inputs, selection)
     return scores.detach(), pull_back(scores, leaves)
 
 
