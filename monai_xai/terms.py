@@ -124,10 +124,6 @@ class Term(ABC):
         """
         return trace_inputs(self.function, inputs, self.selection())
 
-    def gradient(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensors]:
-        """Return scores of shape (n,) and the gradient of their sum with respect to every input of a part."""
-        return gradient(self.function, inputs, self.selection())
-
 
 class Cuts(TorchFunctionMode):
     """Notes where a network takes values out of the graph: ``Tensor.data`` and ``detach``."""
@@ -188,18 +184,6 @@ def trace_inputs(
             "on the way?). Use a perturbation method such as FeatureAblation or Occlusion."
         )
     return scores, leaves
-
-
-def gradient(
-    function: nn.Module, inputs: Sequence[Tensor], selection: Sequence[Tensor]
-) -> tuple[Tensor, Tensors]:
-    """Return ``function(*inputs, *selection)`` and the gradient of its sum with respect to every input.
-
-    Raises:
-        UnsupportedNetworkError: if it does not depend on the inputs.
-    """
-    scores, leaves = trace_inputs(function, inputs, selection)
-    return scores.detach(), pull_back(scores, leaves)
 
 
 def graph_nodes(output: Tensor) -> Iterator[Node]:
