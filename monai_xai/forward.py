@@ -7,6 +7,7 @@ sliding-window prediction (:mod:`monai_xai.windows`). A method that works term b
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -140,7 +141,7 @@ class Scoring:
         """
         refuse_quantized(self.terms[0].network)
         totals, scores = self._zeros(), list[Tensor]()
-        with guard(lambda: self._where("gradient", len(scores)), self.values):
+        with self._guard("gradient"):
             trials = self._trials("gradient", self.values if inputs is None else inputs)
             for term, (score, gradients) in self.joined_gradients(trials):
                 scores.append(score)
@@ -185,7 +186,7 @@ class Scoring:
         refuse_quantized(self.terms[0].network)
         totals = self._zeros()
         for number, (term, parts) in enumerate(self.parts(name, *wholes)):
-            with guard(self._where(name, number), parts[0]):
+            with guard(self._where(name, number, number), parts[0]):
                 term.add(totals, attribute(term, *parts))
         return self._whole(totals)
 
@@ -202,25 +203,48 @@ class Scoring:
             held: how many maps of a term one computation may hold on to.
         """
         refuse_quantized(self.terms[0].network)
-        totals, done = self._zeros(), 0
+        totals = self._zeros()
 
         def work() -> Iterator[Asking[tuple[Term, Tensors]]]:
             for term, parts in self.parts(name, *wholes):
                 yield keep_term(term, parts)
 
         def keep_term(term: Term, parts: Sequence[Tensors]) -> Asking[tuple[Term, Tensors]]:
-            return term, (yield from attribute(term, *parts))
+            routine = attribute(term, *parts)
+            if len(self.terms) > 1:
+                return term, (yield from routine)
+            asked = next(routine)
+            for _ in self.track(itertools.count(), name):
+                try:
+                    asked = routine.send((yield asked))
+                except StopIteration as end:
+                    return term, end.value
+            raise AssertionError("counting has no end")
 
         size = sum(x.nbytes for x in self.terms[0].cut(totals))
-        with guard(lambda: self._where(name, done), self.values):
+        with self._guard(name):
             for term, maps in self.joined_gradients.side_by_side(work(), held * size):
                 term.add(totals, maps)
-                done += 1
         return self._whole(totals)
 
-    def _where(self, name: str, done: int) -> str:
-        """Return what goes on once some terms are done."""
-        return f"{name}, window {done + 1} of {len(self.terms)}" if len(self.terms) > 1 else name
+    def _where(self, name: str, first: int, last: int) -> str:
+        """Return what goes on, and in which terms."""
+        if len(self.terms) == 1:
+            return name
+        windows = f"window {first + 1}" if first == last else f"windows {first + 1} to {last + 1}"
+        return f"{name}, {windows} of {len(self.terms)}"
+
+    @contextmanager
+    def _guard(self, name: str) -> Iterator[None]:
+        """Turn an error of the host, inside of calls for gradients, into one that says in which windows it came."""
+        try:
+            yield
+        except Exception as error:
+            trials = self.joined_gradients.at_work
+            numbers = [n for n, term in enumerate(self.terms) if any(term is t.term for t in trials)]
+            where = self._where(name, numbers[0], numbers[-1]) if numbers else name
+            with guard(where, trials[0].part if trials else self.values):
+                raise error
 
     def _zeros(self) -> list[Tensor]:
         """Return a map of zeros of every padded input."""
@@ -242,24 +266,20 @@ def with_progress(
 
 
 @contextmanager
-def guard(where: str | Callable[[], str], inputs: Sequence[Tensor]) -> Iterator[None]:
+def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
     """Turn an error of the host into one that says where it happened and what may help."""
-
-    def there() -> str:
-        return where if isinstance(where, str) else where()
-
     try:
         yield
     except XaiError:
         raise
     except torch.OutOfMemoryError as error:
         raise AttributionError(
-            f"Out of memory in {there()}, inputs {[tuple(x.shape) for x in inputs]}. Use smaller windows "
+            f"Out of memory in {where}, inputs {[tuple(x.shape) for x in inputs]}. Use smaller windows "
             "(SlidingWindowInferer(roi_size=...)), explain fewer samples at a time, or another device."
         ) from error
     except Exception as error:
         raise AttributionError(
-            f"{there()} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
+            f"{where} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
         ) from error
 
 

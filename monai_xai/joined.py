@@ -29,7 +29,7 @@ OF_GPU = 1 / 4
 MOST_PARTS = 64
 """Most parts of a batch: more do not make a call cheaper."""
 
-AHEAD = 8
+AHEAD = 3
 """How far computations that run side by side may be apart."""
 
 
@@ -73,10 +73,15 @@ class Joined(ABC, Generic[Result]):
 
     Attributes:
         evaluations: how many parts went through the network.
+        at_work: the trials that are in the network, also after an error in it.
     """
+
+    _measures_one: ClassVar[bool] = False
+    """Whether a trial that comes alone is measured, for which no batch is made."""
 
     def __init__(self, memory_gib: float | None = None) -> None:
         self.evaluations = 0
+        self.at_work: Sequence[Trial[Any]] = ()
         self._memory_gib = memory_gib
         self._size = 0
         self._bytes = 0.0
@@ -94,7 +99,7 @@ class Joined(ABC, Generic[Result]):
                 waiting.append(trial)
             else:
                 yield trial.key, self._call([trial])[0]
-        if len(waiting) == 1:
+        if len(waiting) == 1 and not self._measures_one:
             yield waiting[0].key, self._call(waiting)[0]
         elif waiting:
             yield from zip([w.key for w in waiting], self._together(waiting), strict=True)
@@ -135,10 +140,11 @@ class Joined(ABC, Generic[Result]):
             return self._in_batches(trials)
         if self._size < len(trials):
             return results  # memory did not hold the batch: the next one is looked at
-        self._is_checked = True
         alone = self._call(trials[-1:])[0]
         if self._agree(alone, results[-1]):
+            self._is_checked = any(_differ(trial.part, trials[-1].part) for trial in trials)
             return results
+        self._is_checked = True
         self._distrust(trials[-1], alone)
         self._size = 1
         return self._in_batches(trials)
@@ -166,7 +172,10 @@ class Joined(ABC, Generic[Result]):
     def _call(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what each trial gives, from one call of the network."""
         self.evaluations += len(trials)
-        return self._ask(trials)
+        self.at_work = trials
+        results = self._ask(trials)
+        self.at_work = ()
+        return results
 
     @abstractmethod
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Result]:
@@ -192,7 +201,7 @@ class Joined(ABC, Generic[Result]):
             kept is None
             or len(kept) < count
             or kept.shape[1:] != rows[0].shape[1:]
-            or kept.dtype != rows[0].dtype
+            or (kept.dtype, kept.device) != (rows[0].dtype, rows[0].device)
         ):
             kept = self._kept[number] = torch.cat(rows)
             return kept
@@ -231,6 +240,7 @@ class JoinedGradients(Joined[Gradient]):
     def __init__(self, memory_gib: float | None = None) -> None:
         super().__init__(memory_gib)
         self._is_watched = False
+        self._running = 1
 
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
         first = trials[0]
@@ -253,13 +263,13 @@ class JoinedGradients(Joined[Gradient]):
     def _agree(cls, one: Gradient, other: Gradient) -> bool:
         if not JoinedScores._agree(one[0], other[0]):
             return False
-        pairs = zip(one[1], other[1], strict=True)
+        pairs = list(zip(one[1], other[1], strict=True))
         return all(bool((a - b).norm() <= cls._ALIKE * a.norm()) or bool(a.isnan().any()) for a, b in pairs)
 
     @property
     def at_once(self) -> int:
-        """How many parts it is worth to ask for at a time."""
-        return self._size or 2
+        """How many parts it is worth to ask for at a time, beside others that run."""
+        return max(self._size // self._running, 1) if self._size else 2
 
     def side_by_side(self, routines: Iterable[Asking[Returned]], held: float) -> Iterator[Returned]:
         """Run computations that ask for gradients in turn, so that several share a call of the network.
@@ -276,7 +286,7 @@ class JoinedGradients(Joined[Gradient]):
         running: dict[int, tuple[Asking[Returned], list[Trial[Any]]]] = {}
         begun = 0
         while True:
-            most = min(self.at_once, max(1, int(self._bytes // held))) if self._size else 2
+            most = max(1, min(self._size, int(self._bytes // held)))
             while (
                 len(running) < most
                 and begun - min(running, default=begun) < AHEAD
@@ -287,6 +297,7 @@ class JoinedGradients(Joined[Gradient]):
                 begun = number + 1
             if not running:
                 return
+            self._running = len(running)
             answers: dict[int, list[Gradient]] = {number: [] for number in running}
             asked = (Trial(n, t.term, t.part) for n, (_, trials) in running.items() for t in trials)
             for number, found in self(asked):
@@ -297,6 +308,11 @@ class JoinedGradients(Joined[Gradient]):
                     running[number] = routine, routine.send(answer)
                 except StopIteration as end:
                     yield end.value
+
+
+def _differ(one: Tensors, other: Tensors) -> bool:
+    """Tell whether two parts differ; of equal ones a network says the same, whatever it does with a batch."""
+    return not all(map(torch.equal, one, other))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

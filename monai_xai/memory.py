@@ -60,6 +60,11 @@ def _read(field: str) -> float:
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), math.nan)
 
 
+def _strided(tree: Any) -> list[Tensor]:
+    """Return the tensors in a tree that have a storage: not the sparse ones."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout is torch.strided]
+
+
 class LiveTensors(TorchDispatchMode):
     """The bytes of the tensors that are made in a block and alive at once, at their peak: ``peak`` afterwards.
 
@@ -88,9 +93,9 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(results):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in given:
+        given = {x.untyped_storage()._cdata for x in _strided((args, kwargs))}
+        for x in _strided(results):
+            if (storage := x.untyped_storage())._cdata not in given:
                 reference = StorageWeakRef(storage)
                 self._alive[reference.cdata] = reference, storage.nbytes()
         self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}

@@ -24,6 +24,8 @@ class PerturbedScores(JoinedScores):
         UnsupportedNetworkError: if the same part gets another score each time.
     """
 
+    _measures_one = True
+
     def _room(self, trial: Trial[Any], needed: int) -> float:
         room = super()._room(trial, needed)
         if self._memory_gib is not None and room < needed:

@@ -106,11 +106,29 @@ class OneByOne(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize("network", [BatchStatistics(), OneByOne()], ids=lambda n: type(n).__name__)
-def test_where_samples_influence_each_other_windows_go_alone(network):
+class BatchMaximum(nn.Module):
+    """Scales by the largest value of the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = small_unet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x / (x.abs().amax() + 1))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "method", [Saliency(), IntegratedGradients(8, 0.0), IntegratedGradients(baseline=0.0)], ids=str
+)
+@pytest.mark.parametrize(
+    "network", [BatchStatistics(), BatchMaximum(), OneByOne()], ids=lambda n: type(n).__name__
+)
+def test_where_samples_influence_each_other_windows_go_alone(network, method, target):
     x = random_image(1, 2, 48, 40)
-    joint = explain(Saliency(), network, x)
-    alone = explain(Saliency(), network, x, memory_gib=1e-6)
+    x[..., :20, :20] = 0.0  # windows that are all equal show nothing
+    joint = explain(method, network, x, target)
+    alone = explain(method, network, x, target, memory_gib=1e-6)
     torch.testing.assert_close(joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12)
 
 
@@ -189,5 +207,31 @@ def test_an_error_names_the_window_in_which_it_came():
 
     x = random_image(1, 2, 48, 40)
     x[..., -1, -1] = 7.0
-    with pytest.raises(RuntimeError, match=r"window 20 of 20 .*seven"):
-        Explainer(RegionScore(1, Box((0, 0), (48, 40))), Saliency(), INFERER, memory_gib=1e-6)(Fails(), x)
+    target = RegionScore(1, Box((0, 0), (48, 40)))
+    for method in (Saliency(), IntegratedGradients(3), IntegratedGradients()):
+        with pytest.raises(
+            RuntimeError, match=r"windows? .*20 of 20 failed on inputs \[\(1, 2, 16, 16\)\].*seven"
+        ):
+            Explainer(target, method, INFERER)(Fails(), x)
+
+
+def test_a_network_with_sparse_tensors_goes_through():
+    class Sparse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mixing = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=x.dtype).to_sparse()
+            mixed = torch.sparse.mm(mixing, x.transpose(0, 1).flatten(1))
+            return mixed.reshape(2, len(x), *x.shape[2:]).transpose(0, 1)
+
+    found = explain(Saliency(), Sparse(), random_image(1, 2, 48, 40)).attributions["image"][0, :, 3:40, 5:30]
+    torch.testing.assert_close(found, torch.zeros_like(found) + torch.tensor([0.0, 3 / 925])[:, None, None])
+
+
+def test_memory_that_does_not_hold_one_input_is_refused_also_for_one():
+    class First(Explainer):
+        pass
+
+    scores = PerturbedScores(1e-9)
+    network, x = small_unet(), random_image(1, 2, 16, 16)
+    term = WholeTerm(ScoreFunction(CalledNetwork(network), OutputScore(), 1), ())
+    with pytest.raises(AttributionError, match="does not hold one call"):
+        list(scores([Trial(0, term, (x,))]))
