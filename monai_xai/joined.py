@@ -268,8 +268,8 @@ class JoinedGradients(Joined[Gradient]):
 
     @property
     def at_once(self) -> int:
-        """How many parts it is worth to ask for at a time, beside others that run."""
-        return max(self._size // self._running, 1) if self._size else 2
+        """How many parts it is worth to ask for at a time, beside others that run: they are held besides the batch."""
+        return max(self._size // (2 * self._running), 1) if self._size else 2
 
     def side_by_side(self, routines: Iterable[Asking[Returned]], held: float) -> Iterator[Returned]:
         """Run computations that ask for gradients in turn, so that several share a call of the network.

@@ -73,10 +73,14 @@ class CachedScore:
     def many(self, wholes: Iterable[tuple[Key, Sequence[Tensor]]]) -> Iterator[tuple[Key, Tensor]]:
         """Yield the key of each of many whole inputs with their scores, shape (N,), in their order."""
         waiting: deque[tuple[Key, list[_Cell]]] = deque()
-        for cell, score in self._scores(self._trials(wholes, waiting)):
-            cell.score = score
-            while waiting and all(cell.score is not None for cell in waiting[0][1]):
-                yield self._sum(*waiting.popleft())
+        try:
+            for cell, score in self._scores(self._trials(wholes, waiting)):
+                cell.score = score
+                while waiting and all(cell.score is not None for cell in waiting[0][1]):
+                    yield self._sum(*waiting.popleft())
+        except Exception:
+            self._last = None  # some of its scores will never be known
+            raise
         while waiting:
             yield self._sum(*waiting.popleft())
 
