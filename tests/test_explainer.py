@@ -416,7 +416,7 @@ def test_passes_of_all_baselines_are_counted():
     method = IntegratedGradients(4, Samples(random_image(5, 2, 16, 16)))
     network.register_forward_hook(lambda _, args, __: rows.append(torch.is_grad_enabled() * len(args[0])))
     explanation = Explainer(RegionScore(1, BOX), method, tolerated_gap=100.0)(
-        network, random_image(1, 2, 16, 16)
+        network, random_image(1, 2, 16, 16) + 1
     )
     assert explanation.facts["passes"] == 20 == sum(rows) - 1  # one is repeated to check its batch
 
