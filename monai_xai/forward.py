@@ -210,16 +210,14 @@ class Scoring:
                 yield keep_term(term, parts)
 
         def keep_term(term: Term, parts: Sequence[Tensors]) -> Asking[tuple[Term, Tensors]]:
-            routine = attribute(term, *parts)
-            if len(self.terms) > 1:
-                return term, (yield from routine)
+            rounds, routine = self.track_within(itertools.count(), name), attribute(term, *parts)
             asked = next(routine)
-            for _ in self.track(itertools.count(), name):
+            while True:
+                next(rounds)
                 try:
                     asked = routine.send((yield asked))
                 except StopIteration as end:
                     return term, end.value
-            raise AssertionError("counting has no end")
 
         size = sum(x.nbytes for x in self.terms[0].cut(totals))
         with self._guard(name):

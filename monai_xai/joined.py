@@ -263,7 +263,7 @@ class JoinedGradients(Joined[Gradient]):
     def _agree(cls, one: Gradient, other: Gradient) -> bool:
         if not JoinedScores._agree(one[0], other[0]):
             return False
-        pairs = list(zip(one[1], other[1], strict=True))
+        pairs = zip(one[1], other[1], strict=True)
         return all(bool((a - b).norm() <= cls._ALIKE * a.norm()) or bool(a.isnan().any()) for a, b in pairs)
 
     @property

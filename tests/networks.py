@@ -45,3 +45,24 @@ class ImageAndVector(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         image, vector = torch.cat(inputs[:-1], 1), inputs[-1]
         return self.body(image) * self.scale(vector).tanh()[:, :, None, None]
+
+
+class Rows(nn.Module):
+    """Counts the samples of every batch that goes through a network, outside of what is restored afterwards.
+
+    Args:
+        network: the network.
+        batches: gets the number of samples of each call.
+        traced: count only calls that make a graph.
+    """
+
+    def __init__(self, network: nn.Module, batches: list[int], *, traced: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.note = batches.append
+        self.traced = traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad or not self.traced:
+            self.note(len(x))
+        return self.network(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
-from networks import random_image, small_unet
+from networks import Rows, random_image, small_unet
 from torch import Tensor, nn
 
 from monai_xai import (
@@ -42,20 +42,6 @@ TARGETS = {
 }
 
 
-class Watched(nn.Module):
-    """Notes how many samples every call with a graph has."""
-
-    def __init__(self, network: nn.Module, calls: list[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.note = calls.append
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            self.note(len(x))
-        return self.network(x)
-
-
 def explain(method, network, x, target="windows", inferer=INFERER, **options):
     explainer = Explainer(TARGETS[target], method, inferer, progress=False, tolerated_gap=10.0, **options)
     return explainer(network, x)
@@ -64,7 +50,7 @@ def explain(method, network, x, target="windows", inferer=INFERER, **options):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_do_not_depend_on_the_size_of_batches(method, target):
-    network, x = Watched(small_unet(), calls := []), random_image(2, 2, 48, 40)
+    network, x = Rows(small_unet(), calls := [], traced=True), random_image(2, 2, 48, 40)
     one = explain(METHODS[method], network, x, target, memory_gib=1e-6)
     alone, together = calls.copy(), calls
     calls.clear()
@@ -78,7 +64,7 @@ def test_maps_do_not_depend_on_the_size_of_batches(method, target):
 
 
 def test_a_network_that_sees_whole_inputs_gets_several_nodes_of_the_path_at_once():
-    network, x = Watched(small_unet(), calls := []), random_image(1, 2, 48, 40)
+    network, x = Rows(small_unet(), calls := [], traced=True), random_image(1, 2, 48, 40)
     found = explain(IntegratedGradients(12), network, x, inferer=None)
     assert found.facts["passes"] == 12
     assert len(calls) < 7

@@ -9,8 +9,8 @@ import captum.attr
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
-from networks import LinearImage, random_image, small_unet
-from torch import Tensor, nn
+from networks import LinearImage, Rows, random_image, small_unet
+from torch import nn
 
 from monai_xai import (
     AttributionError,
@@ -49,19 +49,6 @@ METHODS = {
     "Lime": Lime(BLOCKS, n_samples=40),
     "Rise": Rise(n_samples=20, cells=4),
 }
-
-
-class Rows(nn.Module):
-    """Counts the samples of every batch that goes through a network, outside of what is restored afterwards."""
-
-    def __init__(self, network: nn.Module, batches: list[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.note = batches.append
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.note(len(x))
-        return self.network(x)
 
 
 def explain(attributor, network, x, target=REGION, inferer=INFERER, **options):

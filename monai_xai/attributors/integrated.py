@@ -153,7 +153,7 @@ class IntegratedGradients(BaselineAttributor):
                     nodes[row] = refinements[row].send(points)
                 except StopIteration as end:
                     integrals[row] = end.value
-            nodes = [nodes[row] if row not in integrals else (1.0, 1.0) for row in range(len(nodes))]
+                    nodes[row] = 1.0, 1.0  # goes on beside the others
         stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
         return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
 
