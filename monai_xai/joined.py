@@ -129,7 +129,8 @@ class Joined(ABC, Generic[Result]):
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.
 
-        The last part is asked for alone as well: what a network takes from the first of a batch would not show in it.
+        Two parts that differ are asked for alone as well. Of one, nothing shows where it is the very part that the
+        others depend on, as the one with the largest value, or the first of a batch.
         """
         try:
             results = self._in_batches(trials)
@@ -140,14 +141,19 @@ class Joined(ABC, Generic[Result]):
             return self._in_batches(trials)
         if self._size < len(trials):
             return results  # memory did not hold the batch: the next one is looked at
-        alone = self._call(trials[-1:])[0]
-        if self._agree(alone, results[-1]):
-            self._is_checked = any(_differ(trial.part, trials[-1].part) for trial in trials)
-            return results
-        self._is_checked = True
-        self._distrust(trials[-1], alone)
-        self._size = 1
-        return self._in_batches(trials)
+        last = len(trials) - 1
+        other = next((n for n, trial in enumerate(trials) if _differ(trial.part, trials[last].part)), None)
+        for number in (last,) if other is None else (last, other):
+            alone = self._call([trials[number]])[0]
+            if not self._agree(alone, results[number]):
+                self._is_checked = True
+                self._distrust(trials[number], alone)
+                self._size = 1
+                return self._in_batches(trials)
+        self._is_checked = (
+            other is not None
+        )  # of equal parts it may say the same, whatever it does with a batch
+        return results
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""
@@ -311,7 +317,7 @@ class JoinedGradients(Joined[Gradient]):
 
 
 def _differ(one: Tensors, other: Tensors) -> bool:
-    """Tell whether two parts differ; of equal ones a network says the same, whatever it does with a batch."""
+    """Tell whether two parts differ."""
     return not all(map(torch.equal, one, other))
 
 

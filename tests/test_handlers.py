@@ -224,7 +224,7 @@ def test_the_engines_own_inferer_and_prediction_are_explained():
     engine.run()
     explanation = next(iter(recorder.explained[0].explanations.values()))
     assert explanation.facts["windows"] == 9
-    assert sum(rows) == 9 + explanation.facts["active_windows"] + 1  # one is repeated to check its batch
+    assert sum(rows) == 9 + explanation.facts["active_windows"] + 2  # two are repeated to check their batch
 
 
 def test_extra_inputs_of_prepare_batch_are_explained_by_name():

@@ -22,7 +22,7 @@ from monai_xai import (
 )
 from monai_xai.calls import CalledNetwork
 from monai_xai.forward import Scoring
-from monai_xai.joined import OutOfMemoryWarning
+from monai_xai.joined import JoinedScores, OutOfMemoryWarning, Trial
 from monai_xai.memory import LiveTensors
 from monai_xai.perturbed import CachedScore
 from monai_xai.terms import ScoreFunction, WholeTerm
@@ -45,6 +45,12 @@ TARGETS = {
 def explain(method, network, x, target="windows", inferer=INFERER, **options):
     explainer = Explainer(TARGETS[target], method, inferer, progress=False, tolerated_gap=10.0, **options)
     return explainer(network, x)
+
+
+def score_of(network, x):
+    """The score of whole images."""
+    function = ScoreFunction(CalledNetwork(network, ["image"]), RegionScore(1), 1)
+    return WholeTerm(function, (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -121,6 +127,16 @@ def test_where_samples_influence_each_other_windows_go_alone(network, method, ta
     joint = explain(method, network, x, target)
     alone = explain(method, network, x, target, memory_gib=1e-6)
     torch.testing.assert_close(joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_one_part_that_all_others_depend_on_is_found_out_wherever_it_is(place):
+    parts = list(random_image(5, 2, 16, 16).split(1))
+    parts[place] = parts[place] * 20
+    term = score_of(BatchMaximum(), parts[0])
+    trials = [Trial(number, term, (part,)) for number, part in enumerate(parts)]
+    together = torch.cat([score for _, score in JoinedScores()(trials)])
+    torch.testing.assert_close(together, torch.cat([term((part,)) for part in parts]), rtol=0, atol=1e-12)
 
 
 class ScoreAlone(torch.autograd.Function):
@@ -219,9 +235,7 @@ def test_a_network_with_sparse_tensors_goes_through():
 
 def test_memory_that_does_not_hold_one_input_is_refused_also_for_one():
     x = random_image(1, 2, 16, 16)
-    term = WholeTerm(
-        ScoreFunction(CalledNetwork(small_unet(), ["image"]), RegionScore(1), 1), (torch.ones_like(x),)
-    )
+    term = score_of(small_unet(), x)
     score = CachedScore(Scoring({"image": x}, [term], memory_gib=1e-9))
     for _ in range(2):
         with pytest.raises(AttributionError, match="does not hold one call"):

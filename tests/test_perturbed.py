@@ -97,8 +97,8 @@ def test_only_windows_that_see_piece_and_region_are_computed():
     network, x = Rows(small_unet(), batches := []), random_image(1, 2, 48, 48)
     found = explain(FeatureAblation(BLOCKS, Constant(0.0)), network, x, RegionScore(1, Box((0, 0), (4, 4))))
     assert found.facts["active_windows"] == 1
-    # One window: as it is, without each of the four blocks in it, again for the check; and at the baseline.
-    assert sum(batches) == 1 + 4 + 1 + 1
+    # One window: as it is, without each of the four blocks in it, two again for the check; and at the baseline.
+    assert sum(batches) == 1 + 4 + 2 + 1
 
 
 @pytest.mark.parametrize("shape", [(40, 32), (12, 64)], ids=["larger", "padded"])

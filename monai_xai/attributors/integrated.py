@@ -86,11 +86,13 @@ class IntegratedGradients(BaselineAttributor):
         yield from super().remedies()
 
     def attribute(self, scoring: Scoring) -> Attribution:
-        return average([self._integrate(scoring, baseline) for baseline in self.draws(scoring)])
+        ends = scoring.term_scores()
+        return average([self._integrate(scoring, ends, baseline) for baseline in self.draws(scoring)])
 
-    def _integrate(self, scoring: Scoring, baseline: Tensors) -> Attribution:
-        score, changes = self._ends(scoring, baseline)
-        total_change = scoring.sum_scores(changes)
+    def _integrate(self, scoring: Scoring, ends: Sequence[Tensor], baseline: Tensors) -> Attribution:
+        """Return the integral from a baseline to the inputs, at which the terms have the scores ``ends``."""
+        changes = [end - start for end, start in zip(ends, scoring.term_scores(baseline), strict=True)]
+        score, total_change = scoring.sum_scores(ends), scoring.sum_scores(changes)
         allowed = self._relative_gap() * total_change.abs() + rounding(score, score - total_change)
         budget = _Budget(allowed, scoring.terms)
         numbers, passes = itertools.count(), 0
@@ -156,14 +158,6 @@ class IntegratedGradients(BaselineAttributor):
                     nodes[row] = 1.0, 1.0  # goes on beside the others
         stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
         return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
-
-    def _ends(self, scoring: Scoring, baseline: Tensors) -> tuple[Tensor, list[Tensor]]:
-        """Return the score, and for each term how much it changes from the baseline to the input."""
-        scores, changes = [], []
-        for term, (inputs, start) in scoring.parts("score", scoring.values, baseline):
-            scores.append(term(inputs))
-            changes.append(scores[-1] - term(start))
-        return scoring.sum_scores(scores), changes
 
     def _relative_gap(self) -> float:
         return _DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
