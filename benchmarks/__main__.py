@@ -11,7 +11,7 @@ import torch
 from monai.engines import SupervisedTrainer
 from monai.networks.nets import UNet
 
-from benchmarks.cases import CASES, integrated_gradients, warm_up
+from benchmarks.cases import CASES, PARTS, integrated_gradients, warm_up
 from benchmarks.measuring import Cost, measure, measure_apart
 from benchmarks.modalities import modalities
 from benchmarks.perturbing import perturbing
@@ -70,13 +70,17 @@ def growth() -> list[str]:
 
 
 def regions() -> list[str]:
-    """Compare the cost of a region in few windows with their share of all windows."""
-    whole, part = measure_apart("ours 128/32"), measure_apart("part 128/32")
-    assert whole and part
-    active, share = 27, part.seconds / whole.seconds
-    return [
-        f"\nregion in {active} of 343 windows: {share:.4f} of the time, {share / (active / 343):.2f} x its share"
-    ]
+    """Compare the cost of regions in some of the windows with their share of all, and of the floor of all."""
+    whole, floor = measure_apart("ours 128/32"), measure_apart("floor 128/32")
+    assert whole and floor
+    lines = ["\n| region in windows of 343 | seconds | x its share of the whole | x its share of the floor |"]
+    lines += ["|---|---|---|---|"]
+    for active in PARTS:
+        part = measure_apart(f"part {active} 128/32")
+        assert part
+        shares = (part.seconds / cost.seconds / (active / 343) for cost in (whole, floor))
+        lines.append(f"| {active} | {part.seconds:.2f} | {next(shares):.2f} | {next(shares):.2f} |")
+    return lines
 
 
 def integration() -> list[str]:

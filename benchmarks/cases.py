@@ -76,6 +76,9 @@ def floor(network: nn.Module, volume: Tensor, window: int) -> float:
     return 0.0
 
 
+PARTS = {1: 16, 27: 40, 125: 80, 216: 96}
+"""How many of 343 windows a box from 0 to here meets along each axis."""
+
 CASES: dict[str, Callable[[], Callable[[], float]]] = {
     "autograd 128/64": lambda: partial(autograd, segresnet(), image(128), 64),
     "ours 128/64": lambda: partial(ours, segresnet(), image(128), 64),
@@ -89,7 +92,9 @@ CASES: dict[str, Callable[[], Callable[[], float]]] = {
     "floor tiny 128/32": lambda: partial(floor, tiny_unet(), image(128), 32),
     "ours tiny 96/48": lambda: partial(ours, tiny_unet(), image(96), 48),
     "ours tiny 192/48": lambda: partial(ours, tiny_unet(), image(192), 48),
-    "part 128/32": lambda: partial(ours, segresnet(), image(128), 32, end=40),
+} | {
+    f"part {active} 128/32": lambda end=end: partial(ours, segresnet(), image(128), 32, end=end)
+    for active, end in PARTS.items()
 }
 
 

@@ -504,7 +504,7 @@ def test_sparse_feature_numbers_cost_nothing(network, x):
     numbers[..., 8:, :] = 700
     explanation = explain(ShapleyValues(FeatureMask(numbers), 0.3), network, x)
     assert explanation.facts["pieces"] == 2
-    assert explanation.facts["passes"] <= 4
+    assert explanation.facts["passes"] <= 5  # three of four coalitions at most, and two again for the check
 
 
 def test_windows_that_do_not_see_a_feature_are_not_computed_again(network):

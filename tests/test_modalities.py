@@ -253,7 +253,7 @@ def test_four_modalities_take_sixteen_forward_passes():
         return sum(x)
 
     play(function, 1, 2, 3, 4, baselines={"zero": 0.0, "again": 0.0})
-    assert sum(calls) == 1 + 2 * 15 + 1  # the last: whether the samples of a batch influence each other
+    assert sum(calls) == 1 + 2 * 15 + 2  # the last: whether the samples of a batch influence each other
 
 
 def test_a_modality_that_is_its_baseline_costs_nothing():
@@ -265,7 +265,7 @@ def test_a_modality_that_is_its_baseline_costs_nothing():
 
     found = play(function, 1, 0, 3, baselines={"zero": 0.0, "again": 0.0})
     close(found.values["zero"], [1.0, 0.0, 3.0])
-    assert sum(calls) == 1 + 2 * 3 + 1  # of the two that differ; the third is a null player
+    assert sum(calls) == 1 + 2 * 3 + 2  # of the two that differ; the third is a null player
 
 
 def test_draws_of_a_baseline_give_a_standard_error():
