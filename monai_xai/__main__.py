@@ -75,6 +75,7 @@ def explain(
     config: Any = "",
     overlay: str = "explain",
     random_weights: bool = False,
+    max_seconds: float | None = None,
     anonymize: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -119,6 +120,7 @@ def explain(
         config: another config of the bundle, by name or file.
         overlay: name or file of the overlay that is merged over it.
         random_weights: load no weights, to try things out. What is explained then knows nothing.
+        max_seconds: for one case; a method that can end early gives the best it has by then, with its error.
         anonymize: no name of a case or file in results; needs a secret in the environment variable XAI_SALT.
         overwrite: remove results of other settings from the output folder.
         dry_run: print the merged config as YAML, and run nothing.
@@ -130,6 +132,8 @@ def explain(
                 "--anonymize needs a secret that names are hidden under: set XAI_SALT, keep it apart."
             )
         settings = {"explain_saver::anonymize": True, "explain_saver::salt": _SALT, **settings}
+    if max_seconds is not None:
+        settings = {"explainer::max_seconds": max_seconds, **settings}
     if overwrite:
         settings = {"explain_saver::overwrite": True, **settings}
     request = BundleRequest(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
+from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
@@ -51,6 +52,10 @@ class Explainer:
         memory_gib: what a batch of windows or perturbed inputs may take; None: what is quickest on a CPU (64 MiB), a
             quarter of what is free on a GPU. Results do not depend on it but for rounding. Gradients of a window that
             takes more go through the network alone.
+        max_seconds: after which an explanation ends with the best it has, where the method can end early: adaptive
+            ``IntegratedGradients``, and methods that draw samples. Its error is reported as ever (``delta``,
+            ``standard_error``), and ``facts["ended_after"]`` says that it was cut. The time is that of one call, over
+            all targets, and is overrun by what a method needs at least, such as three passes of each window.
 
     Example:
         >>> import torch
@@ -72,6 +77,7 @@ class Explainer:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     on_gap: Literal["warn", "raise"] = "warn"
     memory_gib: float | None = None
+    max_seconds: float | None = None
     _measured: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +86,14 @@ class Explainer:
         if not isinstance(self.attributor, Attributor):
             raise InputError(
                 f"Explainer(attributor=...) needs an attributor such as Saliency(), got {self.attributor!r}."
+            )
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise InputError(f"Explainer(max_seconds={self.max_seconds}) must be positive.")
+        if self.max_seconds is not None and not self.attributor.ends_early:
+            raise InputError(
+                f"Explainer(max_seconds={self.max_seconds}): {self.attributor} is whole or nothing and cannot end "
+                "early. Take an adaptive IntegratedGradients(), or a method that draws samples, such as "
+                "ShapleyValueSampling(); or make it cheaper: a smaller region, larger blocks."
             )
         object.__setattr__(self, "inferer", as_inferer(self.inferer))
         object.__setattr__(self, "target", as_targets(self.target))
@@ -113,12 +127,18 @@ class Explainer:
         self, network: nn.Module, inputs: Inputs, *, label: Label = None, prediction: Any = None
     ) -> dict[str, Explanation]:
         """Explain a batch as :meth:`__call__` does, and return explanations by target name ("" for a single one)."""
+        clock = Clock.of(self.max_seconds)
         with open_task(self, network, inputs, label, prediction) as task:
-            return {name: self._explain(task, target) for name, target in task.targets().items()}
+            targets = task.targets()
+            return {
+                name: self._explain(task, target, clock.part(number, len(targets)).anew())
+                for number, (name, target) in enumerate(targets.items())
+            }
 
-    def _explain(self, task: Task, target: Target) -> Explanation:
+    def _explain(self, task: Task, target: Target, clock: Clock) -> Explanation:
         start = time.perf_counter()
-        scoring, attributor = task.scoring(target), task.placed(self.attributor, target)
+        scoring = replace(task.scoring(target), clock=clock)
+        attributor = task.placed(self.attributor, target)
         with guard(attributor.name, scoring.values):
             attribution = self._attribute(attributor, scoring)
         self._require_finite(attribution, target)
@@ -137,7 +157,7 @@ class Explainer:
             channels={
                 name: tuple(self.channel_names[name]) for name in task.given if name in self.channel_names
             },
-            facts={**task.facts(scoring), **attribution.facts},
+            facts={**task.facts(scoring), **attribution.facts, **self._cut(clock)},
             unit=target.unit,
             features=_features(attributor),
         )
@@ -155,10 +175,14 @@ class Explainer:
             gap = _gap(found)
             if best is None or gap < best[0]:
                 best = gap, found
-            if gap <= self.tolerated_gap:
+            if gap <= self.tolerated_gap or scoring.clock.is_over:
                 break
         assert best is not None
         return best[1]
+
+    def _cut(self, clock: Clock) -> dict[str, float]:
+        """Return after how many seconds a method was to end, if it would have gone on."""
+        return {"ended_after": float(self.max_seconds or 0.0)} if clock.is_cut else {}
 
     def _as_given(self, name: str, values: Tensor, task: Task) -> Tensor:
         """Return a map like its input; the map of a layer, which has no place in the scan, as it is."""
@@ -199,10 +223,15 @@ class Explainer:
         worst = int(gap.argmax())
         assert explanation.delta is not None and explanation.baseline_score is not None
         change = float(explanation.score[worst] - explanation.baseline_score[worst])
+        cure = (
+            f"allow more than max_seconds={self.max_seconds}"
+            if scoring.clock.is_cut
+            else self.attributor.cause_of_gap
+        )
         message = (
             f"{self.attributor.name}: attributions of sample {worst} miss the change of the score by "
             f"{float(gap[worst]):.1%} (delta {float(explanation.delta[worst]):.4g}, score minus baseline score "
-            f"{change:.4g}). Likely cure: {self.attributor.cause_of_gap}.{self._remedy(explanation.seconds, scoring)}"
+            f"{change:.4g}). Likely cure: {cure}.{self._remedy(explanation.seconds, scoring)}"
         )
         if self.on_gap == "raise":
             raise AttributionError(message)
@@ -210,6 +239,8 @@ class Explainer:
 
     def _remedy(self, seconds: float, scoring: Scoring) -> str:
         """Say what closes the gap, as measured once."""
+        if self.max_seconds is not None:
+            return ""
         if not self._measured and seconds < _QUICK:
             with guard(self.attributor.name, scoring.values):
                 self._measured.append(self._measure_remedies(scoring))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.calls import EmbeddedInput
+from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, XaiError
 from monai_xai.joined import Asking, JoinedGradients, JoinedScores, Trial
 from monai_xai.networks import evaluate, refuse_quantized
@@ -61,6 +62,7 @@ class Scoring:
         memory_gib: what a batch of parts may take; None leaves it to :mod:`monai_xai.joined`.
         joined_scores: gives the scores of parts, in batches.
         joined_gradients: gives the gradients of parts, in batches.
+        clock: how long a method that can end early may go on.
     """
 
     inputs: Mapping[str, Tensor]
@@ -73,6 +75,7 @@ class Scoring:
     memory_gib: float | None = None
     joined_scores: JoinedScores = field(default_factory=JoinedScores)
     joined_gradients: JoinedGradients = field(default_factory=JoinedGradients)
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def values(self) -> Tensors:
@@ -82,6 +85,10 @@ class Scoring:
     def at(self, inputs: Sequence[Tensor]) -> Scoring:
         """Return the same score, to be explained at other inputs."""
         return replace(self, inputs=dict(zip(self.inputs, inputs, strict=True)), drawn={})
+
+    def hurried(self, number: int, total: int) -> Scoring:
+        """Return the same score, with one of equal parts of the time."""
+        return replace(self, clock=self.clock.part(number, total))
 
     def draw(self, baseline: Baseline | Mapping[str, Baseline]) -> list[Tensors]:
         """Return the baselines of the inputs, one tuple in call order for each draw."""

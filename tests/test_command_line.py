@@ -79,11 +79,19 @@ def test_a_dry_run_prints_the_config_that_would_run():
 
 def test_all_cases_and_any_other_setting():
     config = yaml.safe_load(
-        explain(str(BUNDLE), case="all", dry_run=True, overwrite=True, **{"explain_board::cases": 2})
+        explain(
+            str(BUNDLE),
+            case="all",
+            dry_run=True,
+            overwrite=True,
+            max_seconds=60,
+            **{"explain_board::cases": 2},
+        )
     )
     assert config["explain_handler"]["cases"] is None
     assert "choose_cases" not in str(config["initialize"])
     assert config["explain_saver"]["overwrite"] is True
+    assert config["explainer"]["max_seconds"] == 60
     assert config["explain_board"]["cases"] == 2
 
 

@@ -46,6 +46,7 @@ class Attributor(Spelled, ABC):
     - ``needs_layer``: looks at one layer, the field ``layer``.
     - ``stochastic``: draws random numbers, from the field ``seed``.
     - ``by_hooks``: needs each module to be called once for a score, so that sliding windows need a linear target.
+    - ``ends_early``: gives the best it has when ``Explainer(max_seconds=...)`` are over, with an error that it reports.
     - ``cause_of_gap``: what to do about a large delta.
     """
 
@@ -57,6 +58,11 @@ class Attributor(Spelled, ABC):
     stochastic: ClassVar[bool] = False
     by_hooks: ClassVar[bool] = False
     cause_of_gap: ClassVar[str] = ""
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the method, as it is set, can end before it is done."""
+        return False
 
     @property
     def name(self) -> str:
@@ -95,6 +101,12 @@ class BaselineAttributor(Attributor):
                     "baseline. Use it in FeatureAblation, Occlusion or deletion_curve, or take Blur(), say, here."
                 )
         return scoring.draw(self.baseline)  # type: ignore[arg-type]
+
+    def in_turn(self, scoring: Scoring) -> Iterator[tuple[Scoring, Tensors]]:
+        """Yield the baselines, with the score that is to be held against each in its part of the time."""
+        draws = self.draws(scoring)
+        for number, draw in enumerate(draws):
+            yield scoring.hurried(number, len(draws)), draw
 
     def imputers(self, scoring: Scoring) -> list[Baseline]:
         """Return the baseline of each input, in call order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
@@ -69,7 +69,9 @@ class CoalitionAttributor(BaselineAttributor):
     def attribute(self, scoring: Scoring) -> Attribution:
         masks, count = feature_masks(as_features(self.features), scoring.inputs)
         clean = scoring.term_scores()
-        return average([self._play(scoring, start, masks, count, clean) for start in self.draws(scoring)])
+        return average(
+            [self._play(part, start, masks, count, clean) for part, start in self.in_turn(scoring)]
+        )
 
     def _play(
         self, scoring: Scoring, start: Tensors, masks: list[Tensor], count: int, clean: Sequence[Tensor]
@@ -125,10 +127,34 @@ class SampledCoalitions(CoalitionAttributor):
 
     stochastic: ClassVar[bool] = True
 
+    @property
+    def ends_early(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_samples < 1:
             raise InputError(f"{type(self).__name__}(n_samples={self.n_samples}) needs at least one sample.")
+
+    def _scores(self, scoring: Scoring, game: Game, rows: Iterable[np.ndarray], least: int) -> Tensor:
+        """Return the scores of coalitions, shape (S, N), of as many as there is time for.
+
+        Args:
+            scoring: the score.
+            game: of which the coalitions are.
+            rows: which features are there, of each coalition.
+            least: how many are needed in any case.
+        """
+        bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
+        asked = []
+
+        def in_time() -> Iterator[int]:
+            for coalition in scoring.clock.limit(scoring.track(bits, self.name), least):
+                asked.append(coalition)
+                yield coalition
+
+        game.prepare(in_time())
+        return torch.stack([game(coalition) for coalition in asked])
 
 
 @dataclass(frozen=True)
@@ -165,7 +191,7 @@ class ShapleyValueSampling(SampledCoalitions):
         if self.coarse is None:
             return super()._play(scoring, start, masks, count, clean)
         coarse, n_coarse = feature_masks(as_features(self.coarse), scoring.inputs)
-        first = super()._play(scoring, start, coarse, n_coarse, clean)
+        first = super()._play(scoring.hurried(0, 2), start, coarse, n_coarse, clean)
         worth = _worth_of(first, coarse, n_coarse)
         divided = _fewest_that_hold(worth, _DIVIDED)
         mixed, n_mixed = _divide(coarse, masks, divided)
@@ -183,7 +209,8 @@ class ShapleyValueSampling(SampledCoalitions):
         variances = torch.zeros_like(values)
         terms = scoring.track(game.terms, self.name) if len(game.terms) > 1 else game.terms
         for number, term in enumerate(terms):
-            samples = self._draw(scoring, term, count, number, allowed[term.samples])
+            part = scoring.hurried(number, len(game.terms))
+            samples = self._draw(part, term, count, number, allowed[term.samples])
             values[term.samples] += samples.mean(0).to(values)
             variances[term.samples] += _variance_of_mean(samples).to(values)
         return Worth(values, {"standard_error": float(variances.max().sqrt())})
@@ -194,7 +221,8 @@ class ShapleyValueSampling(SampledCoalitions):
         if 2 ** len(players) <= max(self.n_samples * len(players), 1):
             return exact_values(term, count).expand(2, -1, -1)
         generator, samples = np.random.default_rng([self.seed, number]), []
-        for _ in scoring.track_within(range(math.ceil(self.n_samples / 2)), self.name):
+        pairs = scoring.track_within(range(math.ceil(self.n_samples / 2)), self.name)
+        for _ in scoring.clock.limit(pairs, least=2):
             order = generator.permutation(players).tolist()
             samples.append(
                 torch.stack([marginals(term, 0, turn, count) for turn in (order, order[::-1])]).mean(0)
@@ -279,10 +307,8 @@ class KernelShap(SampledCoalitions):
             row = np.zeros(count, dtype=bool)
             row[generator.choice(count, size, replace=False)] = True
             rows += [row, ~row]
-        bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
-        game.prepare(scoring.track(bits, self.name))
-        scores = torch.stack([game(b) for b in bits])
-        return torch.from_numpy(np.stack(rows)).to(scores), scores
+        scores = self._scores(scoring, game, rows, least=2 * count)
+        return torch.from_numpy(np.stack(rows[: len(scores)])).to(scores), scores
 
 
 @dataclass(frozen=True)
@@ -306,13 +332,11 @@ class Lime(SampledCoalitions):
         generator = np.random.default_rng(self.seed)
         rows = generator.random((self.n_samples, count)) < 0.5
         rows[0] = True
-        bits = [sum(1 << int(i) for i in np.flatnonzero(row)) for row in rows]
-        game.prepare(scoring.track(bits, self.name))
-        scores = torch.stack([game(b) for b in bits])
-        members = torch.from_numpy(rows).to(scores)
+        scores = self._scores(scoring, game, rows, least=2 * count)
+        members = torch.from_numpy(rows[: len(scores)]).to(scores)
         weights = torch.exp(-((1 - members.mean(1)) ** 2) / self.kernel_width**2)[:, None]
         design = torch.cat([members, torch.ones_like(members[:, :1])], 1)
-        penalty = self.ridge * self.n_samples * torch.eye(count + 1).to(scores)
+        penalty = self.ridge * len(scores) * torch.eye(count + 1).to(scores)
         penalty[-1, -1] = 0
         solved = torch.linalg.lstsq(
             design.T @ (weights * design) + penalty, design.T @ (weights * scores)
@@ -355,8 +379,12 @@ class Rise(BaselineAttributor):
         if self.n_samples < 2 or self.cells < 2 or not 0 < self.share < 1:
             raise InputError(f"{self}: n_samples and cells must be at least 2, share lies between 0 and 1.")
 
+    @property
+    def ends_early(self) -> bool:
+        return True
+
     def attribute(self, scoring: Scoring) -> Attribution:
-        return average([self._mask(scoring, start) for start in self.draws(scoring)])
+        return average([self._mask(part, start) for part, start in self.in_turn(scoring)])
 
     def _mask(self, scoring: Scoring, start: Tensors) -> Attribution:
         generator, cached = np.random.default_rng(self.seed), CachedScore(scoring)
@@ -365,22 +393,24 @@ class Rise(BaselineAttributor):
         mean = torch.zeros(len(scoring.values[0])).to(scoring.values[0])
 
         def masked() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-            for _ in scoring.track(range(self.n_samples), self.name):
+            samples = scoring.track(range(self.n_samples), self.name)
+            for _ in scoring.clock.limit(samples, least=_FEWEST_MASKS):
                 masks = [self._draw(x, generator) for x in scoring.values]
                 mixed = zip(scoring.values, start, masks, strict=True)
                 yield masks, [b + m * (x - b) for x, b, m in mixed]
 
-        score = cached.pin(scoring.values)
+        score, taken = cached.pin(scoring.values), 0
         for masks, masked_score in cached.many(masked()):
-            mean += masked_score / self.n_samples
+            taken += 1
+            mean += masked_score
             for total, mass, mask in zip(sums, masses, masks, strict=True):
                 total += masked_score.reshape(-1, *(1,) * (total.ndim - 1)) * mask
                 mass += mask
         maps = {
-            name: total / mass - mean.reshape(-1, *(1,) * (total.ndim - 1))
+            name: total / mass - (mean / taken).reshape(-1, *(1,) * (total.ndim - 1))
             for name, total, mass in zip(scoring.inputs, sums, masses, strict=True)
         }
-        return Attribution(maps, score, cached(start), {"passes": cached.evaluations})
+        return Attribution(maps, score, cached(start), {"passes": cached.evaluations, "samples": taken})
 
     def _draw(self, x: Tensor, generator: np.random.Generator) -> Tensor:
         """Return a mask of one input, shape (1, 1, *spatial) or (1, F)."""
@@ -394,6 +424,10 @@ class Rise(BaselineAttributor):
         for axis, (size, length) in enumerate(zip(sizes, spatial, strict=True), start=2):
             fine = fine.narrow(axis, int(generator.integers(size)), length)
         return fine
+
+
+_FEWEST_MASKS = 32
+"""Masks that are drawn also where there is no time: with fewer, voxels would not be in any."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,10 @@ class GradientShap(BaselineAttributor):
         super().__post_init__()
         _require_samples(self, self.n_samples)
 
+    @property
+    def ends_early(self) -> bool:
+        return True
+
     def remedies(self) -> Iterator[Attributor]:
         yield replace(self, n_samples=4 * self.n_samples)
         yield from super().remedies()
@@ -92,19 +96,22 @@ class GradientShap(BaselineAttributor):
         chosen = torch.randint(len(draws), (self.n_samples,), generator=generator).tolist()
         strata = torch.randperm(self.n_samples, generator=generator).tolist()
         totals = [torch.zeros_like(x) for x in scoring.values]
-        for choice, stratum in scoring.track(list(zip(chosen, strata, strict=True)), self.name):
+        planned = scoring.track(list(zip(chosen, strata, strict=True)), self.name)
+        taken = []
+        for choice, stratum in scoring.clock.limit(planned, least=1):
+            taken.append(choice)
             inputs = noisy(scoring, self.stdev_spread, generator)
             alpha = (stratum + float(torch.rand((), generator=generator))) / self.n_samples
             points = [b + alpha * (x - b) for x, b in zip(inputs, draws[choice], strict=True)]
             _, gradients = scoring.gradient(points)
             for total, x, b, g in zip(totals, inputs, draws[choice], gradients, strict=True):
-                total += (x - b) * g / self.n_samples
+                total += (x - b) * g
         baseline_scores = [
-            scoring.score(draws[choice]) * chosen.count(choice) for choice in sorted(set(chosen))
+            scoring.score(draws[choice]) * taken.count(choice) for choice in sorted(set(taken))
         ]
-        baseline_score = torch.stack(baseline_scores).sum(0) / self.n_samples
-        maps = dict(zip(scoring.inputs, totals, strict=True))
-        return Attribution(maps, scoring.score(), baseline_score, {"passes": self.n_samples})
+        baseline_score = torch.stack(baseline_scores).sum(0) / len(taken)
+        maps = scoring.named([total / len(taken) for total in totals])
+        return Attribution(maps, scoring.score(), baseline_score, {"passes": len(taken)})
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,10 @@ class NoiseTunnel(Attributor):
             )
 
     @property
+    def ends_early(self) -> bool:
+        return True
+
+    @property
     def name(self) -> str:
         """The method's name, with the one inside."""
         return f"NoiseTunnel({self.attributor.name}, {self.kind})"
@@ -151,6 +162,7 @@ class NoiseTunnel(Attributor):
     def attribute(self, scoring: Scoring) -> Attribution:
         means: dict[str, Tensor] = {}
         variances: dict[str, Tensor] = {}
+        number = 0
         for number, maps in enumerate(self._noisy_maps(scoring), start=1):
             for name, values in maps.items():
                 values = values.square() if self.kind == "smoothgrad_sq" else values
@@ -159,15 +171,18 @@ class NoiseTunnel(Attributor):
                 mean += change / number
                 if self.kind == "vargrad":  # Welford's update, which does not cancel
                     variance = variances.setdefault(name, torch.zeros_like(values))
-                    variance += change * (values - mean) / self.n_samples
-        return Attribution(variances if self.kind == "vargrad" else means, scoring.score())
+                    variance += change * (values - mean)
+        variances = {name: total / number for name, total in variances.items()}
+        return Attribution(
+            variances if self.kind == "vargrad" else means, scoring.score(), facts={"samples": number}
+        )
 
     def _noisy_maps(self, scoring: Scoring) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
-        for _ in scoring.track(range(self.n_samples), self.name):
-            yield dict(
-                self.attributor.attribute(scoring.at(noisy(scoring, self.stdev_spread, generator))).maps
-            )
+        samples = scoring.track(range(self.n_samples), self.name)
+        for number in scoring.clock.limit(samples, least=2):
+            copy = scoring.hurried(number, self.n_samples).at(noisy(scoring, self.stdev_spread, generator))
+            yield dict(self.attributor.attribute(copy).maps)
 
 
 def noisy(scoring: Scoring, stdev_spread: float, generator: torch.Generator) -> Tensors:

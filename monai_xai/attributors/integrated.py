@@ -13,6 +13,7 @@ from torch import Tensor
 
 from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
 from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.clock import Clock
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
@@ -87,7 +88,7 @@ class IntegratedGradients(BaselineAttributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         ends = scoring.term_scores()
-        return average([self._integrate(scoring, ends, baseline) for baseline in self.draws(scoring)])
+        return average([self._integrate(part, ends, start) for part, start in self.in_turn(scoring)])
 
     def _integrate(self, scoring: Scoring, ends: Sequence[Tensor], baseline: Tensors) -> Attribution:
         """Return the integral from a baseline to the inputs, at which the terms have the scores ``ends``."""
@@ -101,7 +102,8 @@ class IntegratedGradients(BaselineAttributor):
             nonlocal passes
             path, number = _Path(term, start, inputs), next(numbers)
             if self.is_adaptive:
-                maps, used = yield from self._refine(path, budget.share(number))
+                clock = scoring.clock.part(number, len(scoring.terms))
+                maps, used = yield from self._refine(path, budget.share(number), clock)
             else:
                 maps, used = yield from self._follow_rule(path, scoring.joined_gradients)
             budget.spend(number, _sums(maps) - changes[number])
@@ -113,6 +115,10 @@ class IntegratedGradients(BaselineAttributor):
         )
         facts = {"passes": passes / max(len(scoring.terms), 1)}
         return Attribution(scoring.named(maps), score, score - total_change, facts)
+
+    @property
+    def ends_early(self) -> bool:
+        return self.is_adaptive
 
     @property
     def is_adaptive(self) -> bool:
@@ -133,10 +139,10 @@ class IntegratedGradients(BaselineAttributor):
             done += len(nodes)
         return tuple(t * d for t, d in zip(totals, path.direction, strict=True)), self.n_steps
 
-    def _refine(self, path: _Path, shares: Tensor) -> Asking[tuple[Tensors, int]]:
+    def _refine(self, path: _Path, shares: Tensor, clock: Clock) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term, refined for each of its samples, and how many passes that took."""
         least = self.n_steps or 1
-        refinements = [_refine(float(share), least, self.max_steps) for share in shares]
+        refinements = [_refine(float(share), least, self.max_steps, clock) for share in shares]
         nodes = [next(refinement) for refinement in refinements]
         integrals: dict[int, Tensors] = {}
         passes = 0
@@ -260,7 +266,9 @@ class _Piece(NamedTuple):
             _add(totals, point.gradient, weight)
 
 
-def _refine(share: float, least: int, most: int) -> Generator[tuple[float, ...], Sequence[_Point], Tensors]:
+def _refine(
+    share: float, least: int, most: int, clock: Clock
+) -> Generator[tuple[float, ...], Sequence[_Point], Tensors]:
     """Integrate the gradient of one sample: yields where points are wanted, returns the integral for each input.
 
     The path is halved where it misses most until it adds up. Gaps of pieces may cancel: their sum must be within
@@ -270,6 +278,7 @@ def _refine(share: float, least: int, most: int) -> Generator[tuple[float, ...],
         share: the gap that is allowed.
         least: how many points are taken at least.
         most: how many points are taken at most, 3 or more.
+        clock: how long it may go on.
     """
     first, middle, last = yield 0.0, 0.5, 1.0
     pieces = [_Piece.of(first, middle, last)]
@@ -280,7 +289,7 @@ def _refine(share: float, least: int, most: int) -> Generator[tuple[float, ...],
         gaps = [piece.gap for piece in pieces]
         return abs(gap + sum(gaps)) <= share and size + sum(map(abs, gaps)) <= _CANCELLATION * share
 
-    while pieces and taken + 2 <= most and not (taken >= least and adds_up()):
+    while pieces and taken + 2 <= most and not ((taken >= least and adds_up()) or clock.is_over):
         first, middle, last = pieces.pop(_by_gap(pieces, max)).points
         left, right = yield (first.node + middle.node) / 2, (middle.node + last.node) / 2
         pieces += [_Piece.of(first, left, middle), _Piece.of(middle, right, last)]
