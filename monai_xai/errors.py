@@ -10,7 +10,9 @@
     ├── UnsupportedInfererError (ValueError)  a setting of the inferer has no exact attribution
     ├── UnsupportedBundleError (ValueError)   a bundle has nothing that could be explained
     └── AttributionError (RuntimeError)       the method failed while it ran
-        └── CasesFailedError                  cases of a run are not explained; the others are complete
+        ├── CasesFailedError                  cases of a run are not explained; the others are complete
+        ├── OtherProcessError                 one of the processes that share the work failed
+        └── OutOfStepError                    processes that share the work are not at the same place of it
 """
 
 from __future__ import annotations
@@ -50,3 +52,11 @@ class AttributionError(XaiError, RuntimeError):
 
 class CasesFailedError(AttributionError):
     """Cases of a run are not explained, all others are; names each with its cause."""
+
+
+class OtherProcessError(AttributionError):
+    """One of the processes that share the work failed; says which and why."""
+
+
+class OutOfStepError(AttributionError):
+    """Processes that share the work are not at the same place of it; nothing more can be right, and the run ends."""

@@ -13,6 +13,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
+from monai_xai.attributors.base import add_up
 from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
 from monai_xai.clock import Clock
@@ -20,6 +21,7 @@ from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
 from monai_xai.forward import Scoring, guard
+from monai_xai.ranks import Crew, in_step, meet
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 from monai_xai.terms import count_not_finite
@@ -56,6 +58,9 @@ class Explainer:
             ``IntegratedGradients``, and methods that draw samples. Its error is reported as ever (``delta``,
             ``standard_error``), and ``facts["ended_after"]`` says that it was cut. The time is that of one call, over
             all targets, and is overrun by what a method needs at least, such as three passes of each window.
+        spread: whether the windows of a case are shared out among the processes that ``torchrun`` has started, all of
+            which must explain the same cases and get the same explanation. For methods that find each window's part by
+            itself, and targets linear in the output; others are computed in every process.
 
     Example:
         >>> import torch
@@ -78,6 +83,7 @@ class Explainer:
     on_gap: Literal["warn", "raise"] = "warn"
     memory_gib: float | None = None
     max_seconds: float | None = None
+    spread: bool = False
     _measured: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,18 +173,36 @@ class Explainer:
     def _attribute(self, attributor: Attributor, scoring: Scoring) -> Attribution:
         baseline = getattr(attributor, "baseline", None)
         if not isinstance(baseline, Auto) or not attributor.complete:
-            return attributor.attribute(scoring)
+            return self._run(attributor, scoring)
         best: tuple[float, Attribution] | None = None
         for candidate in baseline.candidates:
-            found = replace(attributor, baseline=candidate).attribute(scoring)  # type: ignore[call-arg]
+            found = self._run(replace(attributor, baseline=candidate), scoring)  # type: ignore[call-arg]
             found = replace(found, facts={**found.facts, "baseline": str(candidate)})
             gap = _gap(found)
             if best is None or gap < best[0]:
                 best = gap, found
-            if gap <= self.tolerated_gap or scoring.clock.is_over:
+            if gap <= self.tolerated_gap or scoring.clock.is_cut:
                 break
         assert best is not None
         return best[1]
+
+    def _run(self, attributor: Attributor, scoring: Scoring) -> Attribution:
+        """Return what a method gives, from this process or from all that share the work."""
+        crew = Crew.among(len(scoring.terms))
+        if not self.spread or crew.size == 1 or not attributor.spreads or len(scoring.terms) < crew.size:
+            return attributor.attribute(scoring)
+        checksums = [f"{float(x.double().sum()):.5g}" for x in scoring.values]
+        with in_step(f"{attributor} of {len(scoring.terms)} windows of inputs with the sums {checksums}"):
+            found = attributor.attribute(replace(scoring, terms=crew.own(scoring.terms), crew=crew))
+            met = meet("facts", (dict(found.facts), crew.share, scoring.clock.is_cut))
+            facts, shares, cut = zip(*met, strict=True)
+            scoring.clock.notes.is_cut = any(cut)
+            return Attribution(
+                {name: crew.total(values, f"map {name}") for name, values in found.maps.items()},
+                crew.total(found.score, "score"),
+                None if found.baseline_score is None else crew.total(found.baseline_score, "baseline score"),
+                {**add_up(facts, shares), "processes": crew.size},
+            )
 
     def _cut(self, clock: Clock) -> dict[str, float]:
         """Return after how many seconds a method was to end, if it would have gone on."""

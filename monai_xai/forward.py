@@ -25,6 +25,7 @@ from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, XaiError
 from monai_xai.joined import Asking, JoinedGradients, JoinedScores, Trial
 from monai_xai.networks import evaluate, refuse_quantized
+from monai_xai.ranks import Crew
 from monai_xai.terms import Tensors, Term
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class Scoring:
         joined_scores: gives the scores of parts, in batches.
         joined_gradients: gives the gradients of parts, in batches.
         clock: how long a method that can end early may go on.
+        crew: the processes that share all terms, of which these are this one's.
     """
 
     inputs: Mapping[str, Tensor]
@@ -76,6 +78,7 @@ class Scoring:
     joined_scores: JoinedScores = field(default_factory=JoinedScores)
     joined_gradients: JoinedGradients = field(default_factory=JoinedGradients)
     clock: Clock = field(default_factory=Clock)
+    crew: Crew = field(default_factory=Crew)
 
     @property
     def values(self) -> Tensors:

@@ -28,7 +28,7 @@ from monai_xai.batches import Batch, row_of
 from monai_xai.calls import RecordingInferer
 from monai_xai.cases import Cases, as_cases
 from monai_xai.cohorts import ModalityCohort
-from monai_xai.errors import AttributionError, InputError, XaiError
+from monai_xai.errors import AttributionError, InputError, OutOfStepError, XaiError
 from monai_xai.explainer import CompletenessWarning, Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.modalities import ModalityExplanation, ModalityShapley
@@ -328,6 +328,8 @@ class AttributionHandler:
     def _fail(
         self, error: Exception, where: str, what: str = "Not explained", places: Sequence[int] = ()
     ) -> None:
+        if isinstance(error, OutOfStepError):
+            raise error
         if self.on_error == "raise":
             raise _placed(error, where) from error
         self.failures += 1

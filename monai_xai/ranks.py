@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+
+from monai_xai.errors import OtherProcessError, OutOfStepError
 
 _Value = TypeVar("_Value")
 
@@ -74,6 +78,90 @@ def wait_for_all() -> None:
     """Go on when every process has come here."""
     if world_size() > 1:
         distributed.barrier()
+
+
+def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]:
+    """Meet the other processes, and return what each brings, in their order.
+
+    Args:
+        place: where this process is in its work; all must be at the same.
+        value: what it brings.
+        failure: why it goes no further; the others then hear of it in place of a value.
+
+    Raises:
+        OtherProcessError: if another process failed on its way here.
+        OutOfStepError: if another process is elsewhere.
+    """
+    if world_size() == 1:
+        return [value]
+    met: list[Any] = [None] * world_size()
+    distributed.all_gather_object(met, (place, value, failure))
+    places, values, failures = zip(*met, strict=True)
+    failed = [f"in process {number}: {words}" for number, words in enumerate(failures) if words is not None]
+    if failed and failure is None:
+        raise OtherProcessError("; ".join(failed))
+    if not failed and len(set(places)) > 1:
+        raise OutOfStepError(
+            f"Processes that share the work are at different places: {list(places)}. All must explain the same "
+            "cases in the same order, from data that all can read."
+        )
+    return list(values)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Processes that share the terms of a score: each takes every n-th.
+
+    Args:
+        number: of this process.
+        size: how many there are.
+        share: part of all terms that this one has.
+    """
+
+    number: int = 0
+    size: int = 1
+    share: float = 1.0
+
+    @classmethod
+    def among(cls, terms: int) -> Crew:
+        """Return the processes there are, for so many terms."""
+        number, size = rank(), world_size()
+        return cls(number, size, len(range(number, terms, size)) / max(terms, 1))
+
+    def own(self, terms: Sequence[_Value]) -> Sequence[_Value]:
+        """Return the terms of this process."""
+        return terms[self.number :: self.size]
+
+    def place(self, number: int) -> int:
+        """Return the number among all terms of one that this process has."""
+        return self.number + number * self.size
+
+    def total(self, x: Tensor, what: str) -> Tensor:
+        """Return the sum over all processes, which must all ask for it."""
+        if self.size == 1:
+            return x
+        meet(f"{what} {tuple(x.shape)}")
+        on_gpu = distributed.get_backend() == "nccl"
+        total = x.detach().clone().to("cuda" if on_gpu else "cpu")
+        distributed.all_reduce(total)
+        return total.to(x.device)
+
+
+@contextmanager
+def in_step(place: str) -> Iterator[None]:
+    """Work on something together; if one process fails, so do the others, and none waits.
+
+    Args:
+        place: what is worked on, the same in all.
+    """
+    meet(place)
+    try:
+        yield
+    except (OtherProcessError, OutOfStepError):
+        raise
+    except Exception as error:
+        meet(place, failure=f"{type(error).__name__}: {error}")
+        raise
 
 
 def _is_several() -> bool:

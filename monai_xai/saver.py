@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from monai_xai.batches import as_name, case_of
 from monai_xai.case_loader import CaseLoader, NotLoaded, cause_of, file_of, items_of
 from monai_xai.cases import ChosenCases, WorstCases
-from monai_xai.errors import AttributionError, CasesFailedError, InputError, XaiError
+from monai_xai.errors import AttributionError, CasesFailedError, InputError, OutOfStepError, XaiError
 from monai_xai.explanation import Explanation
 from monai_xai.files import as_json, checksum, write_whole, writing_whole
 from monai_xai.handlers import (
@@ -81,7 +81,8 @@ class AttributionSaver(CaseKeeper):
     *A case that fails*, in loading, in the network, in explaining or saving, takes nothing from the others; at the end
     of the run they are named in a :class:`CasesFailedError`.
 
-    *In several processes* (``torchrun``), each case goes to one of them. The first process writes the index, and tells
+    *In several processes* (``torchrun``), each case goes to one of them, or, with ``Explainer(spread=True)``, the
+    windows of each case to all. The first process writes the index, and tells
     those who listen, TensorBoard and cohorts, of all cases in the order of the data list. The output folder must be
     one that all processes see. Networks in ``DistributedDataParallel`` are unwrapped, since its exchange of buffers
     would wait for processes with fewer cases for ever.
@@ -188,6 +189,8 @@ class AttributionSaver(CaseKeeper):
 
     def keep(self, engine: Engine, explained: ExplainedCase) -> bool:
         """Save a case, and tell whether those who listen are to be told of it now: not by one of several processes."""
+        if not self._is_writing:
+            return False
         draft = self._draft(explained)
         for name, explanation in explained.explanations.items():
             if isinstance(explanation, ModalityExplanation):
@@ -195,13 +198,37 @@ class AttributionSaver(CaseKeeper):
                 draft.numbers[name] = pack(numbers, as_text)
             for which, values in explanation.attributions.items():
                 self._save(draft, explained, name, which, values)
-        if world_size() == 1:
+        if world_size() == 1 or self._is_spread:
             return True
         with writing_whole(self._handoff(explained.place)) as partial:
             torch.save(pack(vars(explained)), partial)
         return False
 
     # --- the run ---
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether all processes work on every case, instead of each on its own.
+
+        Raises:
+            InputError: if some explainers ask for the one and some for the other.
+        """
+        wishes = {
+            getattr(explainer, "spread", False)
+            for handler in self.handlers
+            for explainer in handler.explainers.values()
+        }
+        if len(wishes) > 1:
+            raise InputError(
+                "Some explainers spread the windows of a case over processes and some do not: one run does either. Set "
+                "spread alike in all of them."
+            )
+        return wishes.pop()
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether this process saves the cases that it goes through."""
+        return rank() == 0 or not self._is_spread
 
     def _start(self, engine: Engine) -> None:
         """Compare settings, and share out the cases that are not finished."""
@@ -216,7 +243,7 @@ class AttributionSaver(CaseKeeper):
         self._finished = finished
         has_metrics = getattr(engine.state, "key_metric_name", None) is not None
         due = [place for place in range(count) if has_metrics or not self.is_finished(place)]
-        self._loader.chosen = share(due)
+        self._loader.chosen = due if self._is_spread else share(due)
         engine.state.epoch_length = max(len(self._loader), 1)
         if finished and rank() == 0:
             logger.info("%d of %d cases are finished already.", count - len(due), count)
@@ -254,7 +281,8 @@ class AttributionSaver(CaseKeeper):
                 try:
                     return process(engine, batch)
                 except Exception as error:
-                    if any(handler.on_error == "raise" for handler in self.handlers):
+                    is_fatal = isinstance(error, OutOfStepError)
+                    if is_fatal or any(handler.on_error == "raise" for handler in self.handlers):
                         raise
                     self._fail(self.places, error)
                 batch = next(engine._dataloader_iter, None)
@@ -294,7 +322,7 @@ class AttributionSaver(CaseKeeper):
         for place in dict.fromkeys(places):
             causes = self._causes.pop(place, [])
             draft = self._drafts.pop(place, None)
-            if self.is_finished(place) or (draft is None and not causes):
+            if self.is_finished(place) or (draft is None and not causes) or not self._is_writing:
                 continue
             draft = draft or self._draft_at(place)
             self.manifest.add(

@@ -73,6 +73,7 @@ NEIGHBORS = {
     "grids": {"errors", "regions"},
     "baselines": {"errors", "grids", "regions", "spelling"},
     "features": {"errors", "grids", "regions", "spelling"},
+    "ranks": {"errors"},
     "placing": {"baselines", "features", "grids", "regions", "spelling"},
     "explanation": {"errors", "features"},
     "importance": {"errors", "explanation", "features", "grids"},

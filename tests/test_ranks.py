@@ -12,11 +12,37 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
+from networks import random_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed, multiprocessing
 
 from benchmarks.runs import files_of, run, write_bundle
+from monai_xai import (
+    LRP,
+    AttributionError,
+    Blocks,
+    BlurIntegratedGradients,
+    Box,
+    DeepLift,
+    Explainer,
+    Explanation,
+    FeatureAblation,
+    GradCam,
+    GradientShap,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    KernelShap,
+    Noise,
+    Occlusion,
+    RegionScore,
+    Rise,
+    Saliency,
+    ShapleyValueSampling,
+)
+from monai_xai.attributors import Attributor
 from monai_xai.manifest import Manifest
 from monai_xai.networks import unwrap
 from monai_xai.overlays import path
@@ -74,6 +100,115 @@ def test_every_item_goes_to_one_process_and_the_first_is_heard() -> None:
 
 def test_one_process_has_everything() -> None:
     assert _look_around() == (0, 1, [0, 1, 2, 3, 4], "from 0")
+
+
+TARGET = RegionScore(1, Box((3, 5), (40, 30)))
+METHODS = [
+    Saliency(),
+    InputXGradient(),
+    IntegratedGradients(6),
+    GradientShap(4),
+    DeepLift(),
+    LRP(),
+    GuidedBackprop(),
+    Occlusion((1, 8, 8)),
+    FeatureAblation(Blocks(8)),
+    ShapleyValueSampling(Blocks(4), n_samples=4),
+    KernelShap(Blocks(8), n_samples=64),
+    Rise(n_samples=32),
+    BlurIntegratedGradients(n_steps=8),
+]
+
+
+def _network() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet(2, 2, 2, (4, 8), (2,), act="RELU", norm="BATCH").double().eval()
+
+
+def _ask(method: Attributor, **options: Any) -> Explanation:
+    inferer = SlidingWindowInferer((16, 16), overlap=0.5)
+    explainer = Explainer(TARGET, method, inferer, progress=False, tolerated_gap=10.0, **options)
+    found = explainer(_network(), random_image(1, 2, 48, 40))
+    assert isinstance(found, Explanation)
+    return found
+
+
+def _ask_all() -> dict[str, Explanation]:
+    return {str(method): _ask(method, spread=True) for method in METHODS}
+
+
+def _adaptive() -> tuple[Explanation, ...]:
+    return (
+        _ask(IntegratedGradients(baseline=Noise(), tolerance=0.001), spread=True),
+        _ask(IntegratedGradients(baseline="auto"), spread=True),
+        _ask(ShapleyValueSampling(Blocks(4), n_samples=400, tolerance=0.02), spread=True),
+        _ask(GradCam(), spread=True),
+    )
+
+
+def test_windows_of_a_case_are_shared_out_and_add_up() -> None:
+    first, second = in_processes(2, _ask_all)
+    for method in METHODS:
+        alone = _ask(method)
+        for found in (first[str(method)], second[str(method)]):
+            assert found.facts["processes"] == 2
+            assert found.facts["active_windows"] == alone.facts["active_windows"]
+            torch.testing.assert_close(
+                found.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-12
+            )
+            torch.testing.assert_close(found.score, alone.score, rtol=0, atol=1e-12)
+            for own, other in ((found.baseline_score, alone.baseline_score), (found.delta, alone.delta)):
+                assert (own is None) == (other is None)
+                if own is not None:
+                    torch.testing.assert_close(own, other, rtol=0, atol=1e-12)
+
+
+def test_what_is_refined_together_adds_up_to_its_tolerance() -> None:
+    for refined, automatic, drawn, whole in in_processes(2, _adaptive):
+        assert refined.gap is not None and float(refined.gap) <= 0.001
+        assert automatic.gap is not None and float(automatic.gap) <= 0.01
+        change = (drawn.score - drawn.baseline_score).abs()
+        assert float(drawn.facts["standard_error"]) <= 0.02 * float(change)
+        alone = _ask(IntegratedGradients(baseline=Noise(), tolerance=0.001)).attributions["image"]
+        assert "processes" not in whole.facts  # looks at all windows, and is right
+        assert torch.equal(whole.attributions["image"], _ask(GradCam()).attributions["image"])
+        assert (refined.attributions["image"] - alone).norm() < 0.02 * alone.norm()
+
+
+class Stumbling(torch.nn.Module):
+    """Fails in the second process alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if rank() == 1 and x.shape[-1] == 16:
+            raise ValueError("stumbled")
+        out: torch.Tensor = self.body(x)
+        return out
+
+
+def _stumble() -> list[str]:
+    errors = []
+    inferer = SlidingWindowInferer((16, 16), overlap=0.5)
+    explainer = Explainer(TARGET, IntegratedGradients(4), inferer, progress=False, spread=True)
+    for image in (random_image(1, 2, 48, 40), random_image(1, 2, 48, 40) * (1 + rank())):
+        try:
+            explainer(Stumbling(), image)
+        except AttributionError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
+
+
+def test_a_failure_in_one_process_is_heard_of_in_the_other_and_other_work_is_out_of_step() -> None:
+    first, second = in_processes(2, _stumble)
+    assert first[0].startswith("OtherProcessError: in process 1: ")
+    assert "stumbled" in first[0]
+    assert second[0].startswith("AttributionError: ")
+    assert first[1].startswith("OutOfStepError: ")
+    assert second[1].startswith("OutOfStepError: ")
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class Attributor(Spelled, ABC):
     - ``summable``: values are contributions in units of the score and may be added up over voxels.
     - ``paints``: the value of a feature repeats on all of its voxels.
     - ``linear``: the map of a sum of scores is the sum of the maps.
+    - ``spreads``: windows may be shared out among processes: linear, and nothing is decided by looking at all of them.
     - ``needs_layer``: looks at one layer, the field ``layer``.
     - ``stochastic``: draws random numbers, from the field ``seed``.
     - ``by_hooks``: needs each module to be called once for a score, so that sliding windows need a linear target.
@@ -63,6 +65,11 @@ class Attributor(Spelled, ABC):
     def ends_early(self) -> bool:
         """Whether the method, as it is set, can end before it is done."""
         return False
+
+    @property
+    def spreads(self) -> bool:
+        """Whether processes that each have some of the terms find maps that add up to those of all."""
+        return self.linear and getattr(self, "coarse", None) is None
 
     @property
     def name(self) -> str:
@@ -157,3 +164,25 @@ def average(parts: Sequence[Attribution]) -> Attribution:
             "baselines": len(parts),
         },
     )
+
+
+def add_up(parts: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
+    """Return the facts of a whole from those of parts with some of its terms each; what cannot be said is left out.
+
+    Args:
+        parts: facts.
+        shares: how much of all terms each part had.
+    """
+    combined: dict[str, Callable[[list[float]], float]] = {
+        "passes": lambda values: sum(v * share for v, share in zip(values, shares, strict=True)),
+        "standard_error": lambda values: math.hypot(*values),
+        "residual": sum,
+    }
+    found: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part.get(name) for part in parts]
+        if name in combined:
+            found[name] = combined[name](values)  # type: ignore[arg-type]
+        elif all(value == values[0] for value in values):
+            found[name] = values[0]
+    return found

@@ -204,13 +204,18 @@ class ShapleyValueSampling(SampledCoalitions):
         return replace(second, facts={**second.facts, **facts})
 
     def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
-        allowed = self.tolerance * (game(2**count - 1) - game(0)).abs() / math.sqrt(len(game.terms))
+        change = game(2**count - 1) - game(0)
+        allowed = torch.zeros_like(change)
+        if self.tolerance:
+            whole = scoring.crew.total(change, "the change of the score")
+            allowed = self.tolerance * whole.abs() / math.sqrt(len(game.terms) / scoring.crew.share)
         values = allowed.new_zeros((len(allowed), count))
         variances = torch.zeros_like(values)
         terms = scoring.track(game.terms, self.name) if len(game.terms) > 1 else game.terms
         for number, term in enumerate(terms):
             part = scoring.hurried(number, len(game.terms))
-            samples = self._draw(part, term, count, number, allowed[term.samples])
+            place = scoring.crew.place(number)
+            samples = self._draw(part, term, count, place, allowed[term.samples])
             values[term.samples] += samples.mean(0).to(values)
             variances[term.samples] += _variance_of_mean(samples).to(values)
         return Worth(values, {"standard_error": float(variances.max().sqrt())})

@@ -94,8 +94,9 @@ class IntegratedGradients(BaselineAttributor):
         """Return the integral from a baseline to the inputs, at which the terms have the scores ``ends``."""
         changes = [end - start for end, start in zip(ends, scoring.term_scores(baseline), strict=True)]
         score, total_change = scoring.sum_scores(ends), scoring.sum_scores(changes)
-        allowed = self._relative_gap() * total_change.abs() + rounding(score, score - total_change)
-        budget = _Budget(allowed, scoring.terms)
+        whole = scoring.crew.total(total_change, "the change of the score")
+        allowed = self._relative_gap() * whole.abs() + rounding(score, score - total_change)
+        budget = _Budget(allowed * scoring.crew.share, scoring.terms)
         numbers, passes = itertools.count(), 0
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Asking[Tensors]:
