@@ -22,6 +22,7 @@ from monai_xai.batches import as_name, case_of
 from monai_xai.case_loader import CaseLoader, NotLoaded, cause_of, file_of, items_of
 from monai_xai.cases import ChosenCases, WorstCases
 from monai_xai.errors import AttributionError, CasesFailedError, InputError, OutOfStepError, XaiError
+from monai_xai.explainer import Explainer
 from monai_xai.explanation import Explanation
 from monai_xai.files import as_json, checksum, write_whole, writing_whole
 from monai_xai.handlers import (
@@ -208,22 +209,9 @@ class AttributionSaver(CaseKeeper):
 
     @property
     def _is_spread(self) -> bool:
-        """Whether all processes work on every case, instead of each on its own.
-
-        Raises:
-            InputError: if some explainers ask for the one and some for the other.
-        """
-        wishes = {
-            getattr(explainer, "spread", False)
-            for handler in self.handlers
-            for explainer in handler.explainers.values()
-        }
-        if len(wishes) > 1:
-            raise InputError(
-                "Some explainers spread the windows of a case over processes and some do not: one run does either. Set "
-                "spread alike in all of them."
-            )
-        return wishes.pop()
+        """Whether all processes work on every case, since an explainer spreads its windows."""
+        explainers = [explainer for handler in self.handlers for explainer in handler.explainers.values()]
+        return any(isinstance(explainer, Explainer) and explainer.spread for explainer in explainers)
 
     @property
     def _is_writing(self) -> bool:

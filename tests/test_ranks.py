@@ -256,6 +256,26 @@ def test_two_processes_leave_what_one_leaves(bundles: tuple[Path, Path]) -> None
     assert _tags(one / "board") == _tags(several / "board")
 
 
+def test_a_bundle_whose_cases_are_each_worked_on_by_all(bundles: tuple[Path, Path]) -> None:
+    one, several = bundles
+    for folder in bundles:
+        _spoil(folder)
+        (folder / "scans" / "p4.nii.gz").write_bytes(b"no NIfTI")
+    alone = run(one, more=MORE[:1])
+    together = run(several, *WRAPPED, "--explainer::spread", "true", processes=2, more=MORE)
+    assert alone.returncode == 1
+    assert together.returncode != 0
+    assert "2 of 5 cases are not explained in full" in together.stderr
+    assert _tags(one / "board") == _tags(several / "board")
+    names = {str(file.relative_to(one / "out")) for file in (one / "out").rglob("*.nii.gz")}
+    assert names == {str(file.relative_to(several / "out")) for file in (several / "out").rglob("*.nii.gz")}
+    for name in names:
+        maps = [nibabel.load(folder / "out" / name).get_fdata() for folder in bundles]
+        np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=1e-5 * np.abs(maps[0]).max())
+    done = {record.case for record in Manifest(several / "out" / "xai").records() if not record.failures}
+    assert done == {"p0", "p1", "p2"}
+
+
 def test_a_failure_in_one_process_keeps_no_other_waiting(bundles: tuple[Path, Path]) -> None:
     one, several = bundles
     _spoil(several)
