@@ -18,7 +18,7 @@ from monai_xai.bundle_runs import BundleRequest
 from monai_xai.errors import InputError, XaiError
 from monai_xai.networks import choose_layer, list_layers
 
-_FACTS = ("complete", "summable", "needs_layer", "stochastic", "by_hooks")
+_FACTS = ("complete", "summable", "needs_layer", "stochastic", "by_hooks", "by_window")
 
 
 def methods() -> str:
@@ -29,6 +29,7 @@ def methods() -> str:
     needs_layer: looks at one layer, chosen automatically if not named.
     stochastic: draws random numbers from a seed.
     by_hooks: through sliding windows it needs a target linear in the output, such as RegionScore.
+    by_window: each window gives its part by itself, so that processes may share them (Explainer(spread=True)).
     """
     found = [getattr(attributors, name) for name in attributors.__all__]
     rows = [("method", *_FACTS, "what it gives")]

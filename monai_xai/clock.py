@@ -27,8 +27,7 @@ class Clock:
     """A stretch of time that work may take.
 
     Args:
-        begins: in seconds of ``time.monotonic``.
-        ends: likewise.
+        ends: in seconds of ``time.monotonic``.
         notes: kept together with the parts of this stretch.
 
     Example:
@@ -36,15 +35,13 @@ class Clock:
         (False, True)
     """
 
-    begins: float = 0.0
     ends: float = math.inf
     notes: ClockNotes = field(default_factory=ClockNotes)
 
     @classmethod
     def of(cls, seconds: float | None) -> Clock:
         """Return a clock that runs from now; None for ever."""
-        now = time.monotonic()
-        return cls(now, math.inf if seconds is None else now + seconds)
+        return cls(math.inf if seconds is None else time.monotonic() + seconds)
 
     @property
     def is_cut(self) -> bool:
@@ -58,16 +55,18 @@ class Clock:
         self.notes.is_cut |= is_over
         return is_over
 
-    def part(self, number: int, total: int) -> Clock:
-        """Return one of equal parts. What an earlier one leaves of its time, those after it have besides."""
-        if math.isinf(self.ends):
-            return self
-        length = (self.ends - self.begins) / total
-        return Clock(self.begins + number * length, self.begins + (number + 1) * length, self.notes)
+    def split(self, total: int) -> list[Clock]:
+        """Return equal parts of what is left from now on, one after another.
+
+        What an earlier one leaves of its time, those after it have besides.
+        """
+        now = time.monotonic()
+        left = self.ends - now
+        return [Clock(now + left * number / total, self.notes) for number in range(1, total + 1)]
 
     def anew(self) -> Clock:
         """Return the same stretch with notes of its own."""
-        return Clock(self.begins, self.ends)
+        return Clock(self.ends)
 
     def limit(self, work: Iterable[Item], least: int) -> Iterator[Item]:
         """Iterate until the time is over, but over no fewer items than ``least``."""

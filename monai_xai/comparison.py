@@ -409,16 +409,17 @@ def _judge_all(
     within: Tensor | None,
 ) -> dict[str, Scores]:
     """Explain a case once, and return every score of its explanation."""
+    alone = replace(explainer, spread=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompletenessWarning)  # the gap is a criterion of its own
         try:
             with PeakMemory(device_of(network)) as peak:
-                explanation = explainer(network, case.inputs, case.label)
+                explanation = alone(network, case.inputs, case.label)
         except XaiError as error:
             return dict.fromkeys(criteria, _undefined(str(error)))
         if not isinstance(explanation, Explanation):
             raise InputError("compare() needs explainers of one target each.")
-        judged = Judged(explainer, network, case, explanation, region, within, peak.gib)
+        judged = Judged(alone, network, case, explanation, region, within, peak.gib)
         return {name: _judge(criterion, judged) for name, criterion in criteria.items()}
 
 

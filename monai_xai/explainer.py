@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
 from monai_xai.forward import Scoring, guard
-from monai_xai.ranks import Crew, in_step, meet
+from monai_xai.ranks import Crew, in_step, meet, world_size
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 from monai_xai.terms import count_not_finite
@@ -60,7 +61,7 @@ class Explainer:
             all targets, and is overrun by what a method needs at least, such as three passes of each window.
         spread: whether the windows of a case are shared out among the processes that ``torchrun`` has started, all of
             which must explain the same cases and get the same explanation. For methods that find each window's part by
-            itself, and targets linear in the output; others are computed in every process.
+            itself (``by_window``), and targets linear in the output; others are computed in every process.
 
     Example:
         >>> import torch
@@ -125,6 +126,8 @@ class Explainer:
             UnsupportedNetworkError: if the method is not defined on this network.
             UnsupportedInfererError: if the inferer cannot be attributed exactly.
             AttributionError: if the method fails while it runs.
+            OtherProcessError: if it fails in another process that shares the windows.
+            OutOfStepError: if another process that should share them explains something else.
         """
         explanations = self.explain(network, inputs, label=label, prediction=prediction)
         return explanations[""] if set(explanations) == {""} else explanations
@@ -134,12 +137,21 @@ class Explainer:
     ) -> dict[str, Explanation]:
         """Explain a batch as :meth:`__call__` does, and return explanations by target name ("" for a single one)."""
         clock = Clock.of(self.max_seconds)
-        with open_task(self, network, inputs, label, prediction) as task:
+        with self._together(inputs), open_task(self, network, inputs, label, prediction) as task:
             targets = task.targets()
             return {
-                name: self._explain(task, target, clock.part(number, len(targets)).anew())
-                for number, (name, target) in enumerate(targets.items())
+                name: self._explain(task, target, part.anew())
+                for (name, target), part in zip(targets.items(), clock.split(len(targets)), strict=True)
             }
+
+    def _together(self, inputs: Inputs) -> AbstractContextManager[None]:
+        """Explain in step with the processes that share the windows, if any do."""
+        if not self.spread or world_size() == 1:
+            return nullcontext()
+        values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+        norms = [float(torch.linalg.vector_norm(x.detach().double())) for x in values]
+        shapes = ", ".join(str(tuple(x.shape)) for x in values)
+        return in_step(f"{self.attributor} of {self.target} on inputs of shape {shapes}", norms)
 
     def _explain(self, task: Task, target: Target, clock: Clock) -> Explanation:
         start = time.perf_counter()
@@ -191,18 +203,16 @@ class Explainer:
         crew = Crew.among(len(scoring.terms))
         if not self.spread or crew.size == 1 or not attributor.spreads or len(scoring.terms) < crew.size:
             return attributor.attribute(scoring)
-        checksums = [f"{float(x.double().sum()):.5g}" for x in scoring.values]
-        with in_step(f"{attributor} of {len(scoring.terms)} windows of inputs with the sums {checksums}"):
-            found = attributor.attribute(replace(scoring, terms=crew.own(scoring.terms), crew=crew))
-            met = meet("facts", (dict(found.facts), crew.share, scoring.clock.is_cut))
-            facts, shares, cut = zip(*met, strict=True)
-            scoring.clock.notes.is_cut = any(cut)
-            return Attribution(
-                {name: crew.total(values, f"map {name}") for name, values in found.maps.items()},
-                crew.total(found.score, "score"),
-                None if found.baseline_score is None else crew.total(found.baseline_score, "baseline score"),
-                {**add_up(facts, shares), "processes": crew.size},
-            )
+        found = attributor.attribute(replace(scoring, terms=crew.own(scoring.terms), crew=crew))
+        met = meet("facts", (dict(found.facts), crew.share, scoring.clock.is_cut))
+        facts, shares, cut = zip(*met, strict=True)
+        scoring.clock.notes.is_cut = any(cut)
+        return Attribution(
+            {name: crew.total(values, f"map {name}") for name, values in found.maps.items()},
+            crew.total(found.score, "score"),
+            None if found.baseline_score is None else crew.total(found.baseline_score, "baseline score"),
+            {**add_up(facts, shares), "processes": crew.size},
+        )
 
     def _cut(self, clock: Clock) -> dict[str, float]:
         """Return after how many seconds a method was to end, if it would have gone on."""
@@ -263,7 +273,7 @@ class Explainer:
 
     def _remedy(self, seconds: float, scoring: Scoring) -> str:
         """Say what closes the gap, as measured once."""
-        if self.max_seconds is not None:
+        if self.max_seconds is not None or self.spread:
             return ""
         if not self._measured and seconds < _QUICK:
             with guard(self.attributor.name, scoring.values):

@@ -89,9 +89,9 @@ class Scoring:
         """Return the same score, to be explained at other inputs."""
         return replace(self, inputs=dict(zip(self.inputs, inputs, strict=True)), drawn={})
 
-    def hurried(self, number: int, total: int) -> Scoring:
-        """Return the same score, with one of equal parts of the time."""
-        return replace(self, clock=self.clock.part(number, total))
+    def split(self, total: int) -> Iterator[Scoring]:
+        """Iterate over the same score with equal parts of the time, one after another."""
+        return (replace(self, clock=clock) for clock in self.clock.split(total))
 
     def draw(self, baseline: Baseline | Mapping[str, Baseline]) -> list[Tensors]:
         """Return the baselines of the inputs, one tuple in call order for each draw."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,10 +76,17 @@ def from_first(value: _Value) -> _Value:
     return values[0]
 
 
-def wait_for_all() -> None:
-    """Go on when every process has come here."""
-    if world_size() > 1:
-        distributed.barrier()
+def wait_for_all(place: str) -> None:
+    """Go on when every process has come here.
+
+    Args:
+        place: where this is, the same in all.
+
+    Raises:
+        OtherProcessError: if another process failed on its way here.
+        OutOfStepError: if another process is elsewhere.
+    """
+    meet(place)
 
 
 def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]:
@@ -96,6 +105,7 @@ def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]
         return [value]
     met: list[Any] = [None] * world_size()
     distributed.all_gather_object(met, (place, value, failure))
+    distributed.barrier()  # so that gloo's thread has let go of what was gathered: at a program's end it waits for ever
     places, values, failures = zip(*met, strict=True)
     failed = [f"in process {number}: {words}" for number, words in enumerate(failures) if words is not None]
     if failed and failure is None:
@@ -140,28 +150,45 @@ class Crew:
         """Return the sum over all processes, which must all ask for it."""
         if self.size == 1:
             return x
-        meet(f"{what} {tuple(x.shape)}")
         on_gpu = distributed.get_backend() == "nccl"
-        total = x.detach().clone().to("cuda" if on_gpu else "cpu")
+        total = x.detach().to("cuda" if on_gpu else "cpu")
+        total = total.clone(memory_format=torch.contiguous_format)
+        meet(f"{what} {tuple(x.shape)}")
         distributed.all_reduce(total)
         return total.to(x.device)
 
 
 @contextmanager
-def in_step(place: str) -> Iterator[None]:
+def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
     """Work on something together; if one process fails, so do the others, and none waits.
 
     Args:
         place: what is worked on, the same in all.
+        numbers: what must be the same in all but for rounding.
+
+    Raises:
+        OtherProcessError: if another process failed.
+        OutOfStepError: if another process is at something else.
     """
-    meet(place)
+    met = meet(place, list(numbers))
+    if not all(map(_alike, itertools.chain(*met), itertools.cycle(numbers))):
+        raise OutOfStepError(
+            f"Processes that share the work on {place} have different data: {met}. All must explain the same cases "
+            "in the same order, from data that all can read."
+        )
     try:
         yield
+        meet(f"the end of {place}")
     except (OtherProcessError, OutOfStepError):
         raise
     except Exception as error:
         meet(place, failure=f"{type(error).__name__}: {error}")
         raise
+
+
+def _alike(one: float, other: float) -> bool:
+    """Tell whether two numbers are the same but for rounding, or neither is one."""
+    return math.isclose(one, other, rel_tol=1e-3) or (math.isnan(one) and math.isnan(other))
 
 
 def _is_several() -> bool:

@@ -327,7 +327,7 @@ class AttributionSaver(CaseKeeper):
 
     def _end_epoch(self, engine: Engine) -> None:
         """In the first process, tell those who listen of what others have explained, and write the index."""
-        wait_for_all()
+        wait_for_all("the end of the epoch")
         if rank() == 0:
             self._tell_of_others(engine)
             self.manifest.write_index(self._keys)
@@ -354,7 +354,7 @@ class AttributionSaver(CaseKeeper):
                 engine.fire_event(AttributionEvents.ATTRIBUTION_RESTORED)
 
     def _end(self, engine: Engine) -> None:
-        wait_for_all()
+        wait_for_all("the end of the run")
         keys = set(self._keys)
         records = [record for record in self.manifest.records() if record.key in keys]
         self._miss_chosen({record.case for record in records})

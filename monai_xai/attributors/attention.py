@@ -34,7 +34,6 @@ class AttentionRollout(Attributor):
 
     is_weighted: bool = False
 
-    linear: ClassVar[bool] = False
     by_hooks: ClassVar[bool] = True
 
     def attribute(self, scoring: Scoring) -> Attribution:

@@ -27,6 +27,7 @@ class RectifiedGradient(Attributor):
     """
 
     by_hooks: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)

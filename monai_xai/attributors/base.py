@@ -43,11 +43,10 @@ class Attributor(Spelled, ABC):
     - ``complete``: the maps sum to score minus baseline score; the gap is always reported as ``delta``.
     - ``summable``: values are contributions in units of the score and may be added up over voxels.
     - ``paints``: the value of a feature repeats on all of its voxels.
-    - ``linear``: the map of a sum of scores is the sum of the maps.
-    - ``spreads``: windows may be shared out among processes: linear, and nothing is decided by looking at all of them.
     - ``needs_layer``: looks at one layer, the field ``layer``.
     - ``stochastic``: draws random numbers, from the field ``seed``.
     - ``by_hooks``: needs each module to be called once for a score, so that sliding windows need a linear target.
+    - ``by_window``: the map is the sum of what each window gives by itself, so that processes may share the windows.
     - ``ends_early``: gives the best it has when ``Explainer(max_seconds=...)`` are over, with an error that it reports.
     - ``cause_of_gap``: what to do about a large delta.
     """
@@ -55,10 +54,10 @@ class Attributor(Spelled, ABC):
     complete: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     paints: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
     needs_layer: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     by_hooks: ClassVar[bool] = False
+    by_window: ClassVar[bool] = False
     cause_of_gap: ClassVar[str] = ""
 
     @property
@@ -68,8 +67,8 @@ class Attributor(Spelled, ABC):
 
     @property
     def spreads(self) -> bool:
-        """Whether processes that each have some of the terms find maps that add up to those of all."""
-        return self.linear and getattr(self, "coarse", None) is None
+        """Whether the method, as it is set, gives maps of some of the windows that add up to those of all."""
+        return self.by_window
 
     @property
     def name(self) -> str:
@@ -110,10 +109,9 @@ class BaselineAttributor(Attributor):
         return scoring.draw(self.baseline)  # type: ignore[arg-type]
 
     def in_turn(self, scoring: Scoring) -> Iterator[tuple[Scoring, Tensors]]:
-        """Yield the baselines, with the score that is to be held against each in its part of the time."""
+        """Iterate over the baselines, with the score that is to be held against each in its part of the time."""
         draws = self.draws(scoring)
-        for number, draw in enumerate(draws):
-            yield scoring.hurried(number, len(draws)), draw
+        return zip(scoring.split(len(draws)), draws, strict=True)
 
     def imputers(self, scoring: Scoring) -> list[Baseline]:
         """Return the baseline of each input, in call order."""

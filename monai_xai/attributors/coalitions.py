@@ -103,6 +103,8 @@ class ShapleyValues(CoalitionAttributor):
     Reference: Shapley, "A Value for n-Person Games", 1953; values equal ``captum.attr.ShapleyValues``.
     """
 
+    by_window: ClassVar[bool] = True
+
     def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
         if count > MOST_FEATURES:
             raise InputError(
@@ -179,6 +181,12 @@ class ShapleyValueSampling(SampledCoalitions):
     tolerance: float = 0.0
     coarse: FeaturesLike | None = None
 
+    by_window: ClassVar[bool] = True
+
+    @property
+    def spreads(self) -> bool:
+        return self.coarse is None  # what is divided is decided from all windows
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "coarse", None if self.coarse is None else as_features(self.coarse))
@@ -191,11 +199,12 @@ class ShapleyValueSampling(SampledCoalitions):
         if self.coarse is None:
             return super()._play(scoring, start, masks, count, clean)
         coarse, n_coarse = feature_masks(as_features(self.coarse), scoring.inputs)
-        first = super()._play(scoring.hurried(0, 2), start, coarse, n_coarse, clean)
+        begin, end = scoring.split(2)
+        first = super()._play(begin, start, coarse, n_coarse, clean)
         worth = _worth_of(first, coarse, n_coarse)
         divided = _fewest_that_hold(worth, _DIVIDED)
         mixed, n_mixed = _divide(coarse, masks, divided)
-        second = super()._play(scoring, start, mixed, n_mixed, clean)
+        second = super()._play(end, start, mixed, n_mixed, clean)
         facts = {
             "passes": float(first.facts["passes"]) + float(second.facts["passes"]),
             "pieces_of_full_grid": count,
@@ -212,8 +221,7 @@ class ShapleyValueSampling(SampledCoalitions):
         values = allowed.new_zeros((len(allowed), count))
         variances = torch.zeros_like(values)
         terms = scoring.track(game.terms, self.name) if len(game.terms) > 1 else game.terms
-        for number, term in enumerate(terms):
-            part = scoring.hurried(number, len(game.terms))
+        for number, (part, term) in enumerate(zip(scoring.split(len(game.terms)), terms, strict=True)):
             place = scoring.crew.place(number)
             samples = self._draw(part, term, count, place, allowed[term.samples])
             values[term.samples] += samples.mean(0).to(values)
@@ -278,6 +286,10 @@ def _variance_of_mean(samples: Tensor) -> Tensor:
     return samples.var(0) / len(samples) if len(samples) > 1 else torch.full_like(samples[0], math.nan)
 
 
+_SAMPLES_PER_FEATURE = 8
+"""Coalitions for each feature that a regression draws also where there is no time: fewer leave it to chance."""
+
+
 @dataclass(frozen=True)
 class KernelShap(SampledCoalitions):
     """Shapley values as the weighted regression of scores on coalitions, which add up exactly.
@@ -290,6 +302,8 @@ class KernelShap(SampledCoalitions):
 
     n_samples: int = 200
 
+    by_window: ClassVar[bool] = True
+
     def solve(self, scoring: Scoring, game: Game, count: int) -> Worth:
         empty, full = game(0), game(2**count - 1)
         if count == 1:
@@ -300,7 +314,7 @@ class KernelShap(SampledCoalitions):
         goal = scores - empty - members[:, -1:] * (full - empty)
         solved = torch.linalg.lstsq(design, goal).solution.T
         last = (full - empty)[:, None] - solved.sum(1, keepdim=True)
-        return Worth(torch.cat([solved, last], 1), {})
+        return Worth(torch.cat([solved, last], 1), {"samples": len(scores)})
 
     def _draw(self, scoring: Scoring, game: Game, count: int) -> tuple[Tensor, Tensor]:
         """Return coalitions, drawn in proportion to the kernel, and their scores."""
@@ -312,7 +326,7 @@ class KernelShap(SampledCoalitions):
             row = np.zeros(count, dtype=bool)
             row[generator.choice(count, size, replace=False)] = True
             rows += [row, ~row]
-        scores = self._scores(scoring, game, rows, least=2 * count)
+        scores = self._scores(scoring, game, rows, least=_SAMPLES_PER_FEATURE * count)
         return torch.from_numpy(np.stack(rows[: len(scores)])).to(scores), scores
 
 
@@ -337,7 +351,7 @@ class Lime(SampledCoalitions):
         generator = np.random.default_rng(self.seed)
         rows = generator.random((self.n_samples, count)) < 0.5
         rows[0] = True
-        scores = self._scores(scoring, game, rows, least=2 * count)
+        scores = self._scores(scoring, game, rows, least=_SAMPLES_PER_FEATURE * count)
         members = torch.from_numpy(rows[: len(scores)]).to(scores)
         weights = torch.exp(-((1 - members.mean(1)) ** 2) / self.kernel_width**2)[:, None]
         design = torch.cat([members, torch.ones_like(members[:, :1])], 1)
@@ -351,7 +365,7 @@ class Lime(SampledCoalitions):
         explained = (
             1 - float((weights * (scores - fitted) ** 2).sum() / spread) if float(spread) else math.nan
         )
-        return Worth(solved[:-1].T, {"r_squared": explained})
+        return Worth(solved[:-1].T, {"r_squared": explained, "samples": len(scores)})
 
 
 @dataclass(frozen=True)
@@ -378,6 +392,7 @@ class Rise(BaselineAttributor):
     seed: int = 0
 
     stochastic: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class DeepLift(BaselineAttributor):
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
     cause_of_gap: ClassVar[str] = (
         "single precision on a score that hardly changes, or a network that draws random numbers; use "
         "IntegratedGradients(), or run in double precision"

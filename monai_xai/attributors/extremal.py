@@ -101,7 +101,6 @@ class ExtremalPerturbation(BaselineAttributor):
     n_steps: int = 300
     seed: int = 0
 
-    linear: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -29,6 +29,12 @@ class Saliency(Attributor):
 
     absolute: bool = False
 
+    by_window: ClassVar[bool] = True
+
+    @property
+    def spreads(self) -> bool:
+        return not self.absolute  # the absolute value is that of the sum
+
     def attribute(self, scoring: Scoring) -> Attribution:
         score, gradients = scoring.gradient()
         maps = zip(scoring.inputs, gradients, strict=True)
@@ -44,6 +50,7 @@ class InputXGradient(Attributor):
     """
 
     summable: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
 
     def attribute(self, scoring: Scoring) -> Attribution:
         score, gradients = scoring.gradient()
@@ -76,6 +83,7 @@ class GradientShap(BaselineAttributor):
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
     stochastic: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
     cause_of_gap: ClassVar[str] = "raise n_samples"
 
     def __post_init__(self) -> None:
@@ -138,7 +146,6 @@ class NoiseTunnel(Attributor):
     stdev_spread: float = 0.15
     seed: int = 0
 
-    linear: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -179,9 +186,9 @@ class NoiseTunnel(Attributor):
 
     def _noisy_maps(self, scoring: Scoring) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
-        samples = scoring.track(range(self.n_samples), self.name)
-        for number in scoring.clock.limit(samples, least=2):
-            copy = scoring.hurried(number, self.n_samples).at(noisy(scoring, self.stdev_spread, generator))
+        samples = scoring.track(scoring.split(self.n_samples), self.name, self.n_samples)
+        for part in scoring.clock.limit(samples, least=2):
+            copy = part.at(noisy(scoring, self.stdev_spread, generator))
             yield dict(self.attributor.attribute(copy).maps)
 
 

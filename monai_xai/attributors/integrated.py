@@ -66,6 +66,7 @@ class IntegratedGradients(BaselineAttributor):
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
     cause_of_gap: ClassVar[str] = (
         "raise n_steps or max_steps, or hold against a baseline that is not constant, such as Blur() or Noise(): "
         "instance and group normalization map every constant image to the same features"
@@ -98,13 +99,13 @@ class IntegratedGradients(BaselineAttributor):
         allowed = self._relative_gap() * whole.abs() + rounding(score, score - total_change)
         budget = _Budget(allowed * scoring.crew.share, scoring.terms)
         numbers, passes = itertools.count(), 0
+        clocks = scoring.clock.split(len(scoring.terms))
 
         def integrate(term: Term, inputs: Tensors, start: Tensors) -> Asking[Tensors]:
             nonlocal passes
             path, number = _Path(term, start, inputs), next(numbers)
             if self.is_adaptive:
-                clock = scoring.clock.part(number, len(scoring.terms))
-                maps, used = yield from self._refine(path, budget.share(number), clock)
+                maps, used = yield from self._refine(path, budget.share(number), clocks[number])
             else:
                 maps, used = yield from self._follow_rule(path, scoring.joined_gradients)
             budget.spend(number, _sums(maps) - changes[number])

@@ -114,7 +114,6 @@ class LayerActivation(Attributor):
 
     layer: str = ""
 
-    linear: ClassVar[bool] = False
     needs_layer: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,12 @@ class Occlusion(PerturbationAttributor):
     stride: Sequence[int] | Sequence[Sequence[int]] | None = None
     baseline: BaselineLike = field(default_factory=Blur)
     top_k: int | None = None
+
+    by_window: ClassVar[bool] = True
+
+    @property
+    def spreads(self) -> bool:
+        return self.top_k is None  # what is divided is decided from all windows
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ class BlurIntegratedGradients(BaselineAttributor):
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    by_window: ClassVar[bool] = True
     cause_of_gap: ClassVar[str] = "raise n_steps, or begin at a smaller sigma"
 
     def __post_init__(self) -> None:
@@ -136,7 +137,6 @@ class GuidedIntegratedGradients(BaselineAttributor):
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
-    linear: ClassVar[bool] = False
     cause_of_gap: ClassVar[str] = (
         "raise n_steps, or hold against a baseline nearer to the input, such as Blur()"
     )

@@ -207,6 +207,8 @@ class FeatureAblation(PerturbationAttributor):
     features: FeaturesLike = field(default_factory=Channels)
     baseline: BaselineLike = field(default_factory=Blur)
 
+    by_window: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "features", as_features(self.features))

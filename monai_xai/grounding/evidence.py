@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from monai_xai.explanation import Explanation, rounding
 from monai_xai.features import Blocks
 from monai_xai.grounding.words import GroundingCase, GroundingSettings
 from monai_xai.metrics.base import as_mask, as_one_map, foreground, real
-from monai_xai.metrics.questions import FrozenTarget, ask, explain_again, try_again
+from monai_xai.metrics.questions import FrozenTarget, ask, asked_alone, explain_again, try_again
 from monai_xai.metrics.similarity import SimilarityKind, mean_similarity
 from monai_xai.regions import Mask, Predicted
 from monai_xai.targets import OutputScore
@@ -170,9 +170,7 @@ def gather(
         body = torch.ones_like(body)
     try:
         with ask(explainer, network, inputs, case.label) as asked:
-            frozen = replace(
-                explainer, target=asked.target, progress=False, tolerated_gap=_tolerated(explainer)
-            )
+            frozen = asked_alone(explainer, asked.target, progress=False, tolerated_gap=_tolerated(explainer))
             output = asked.task.prediction(asked.target)
         explanation = explain_again(frozen, network, inputs)
         score, off = _baseline(frozen, network, inputs, explanation)

@@ -136,7 +136,12 @@ def only_target(task: Task) -> Target:
 def freeze_explainer(explainer: Explainer, network: nn.Module, inputs: Inputs, label: Label) -> Explainer:
     """Return the explainer with its selection frozen, so that other inputs or weights are asked the same."""
     with ask(explainer, network, inputs, label) as asked:
-        return replace(explainer, target=asked.target)
+        return asked_alone(explainer, asked.target)
+
+
+def asked_alone(explainer: Explainer, target: Target, **changes: Any) -> Explainer:
+    """Return the explainer with another target, for this process alone: what others judge is not in step with it."""
+    return replace(explainer, target=target, spread=False, **changes)
 
 
 def explain_again(explainer: Explainer, network: nn.Module, inputs: Inputs) -> Explanation:
@@ -218,4 +223,4 @@ def explanation_or_maps(
     """Return what the caller has, or explain."""
     if explained is not None:
         return explained
-    return explain_again(replace(explainer, target=asked.target), network, inputs)
+    return explain_again(asked_alone(explainer, asked.target), network, inputs)

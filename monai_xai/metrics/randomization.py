@@ -27,6 +27,7 @@ from monai_xai.metrics.questions import (
     Explained,
     OpenQuestion,
     ask,
+    asked_alone,
     explain_again,
     named_maps,
     try_again,
@@ -334,7 +335,7 @@ class _Randomization:
             raise InputError(f"n_stages={n_stages} must be at least 1, or None for one stage per module.")
         self.network, self.inputs, self.progress = network, inputs, explainer.progress
         with ask(explainer, network, inputs, label) as asked:
-            self.explainer = replace(explainer, target=asked.target, progress=False)
+            self.explainer = asked_alone(explainer, asked.target, progress=False)
             modules = execution_order(require_module(network), lambda: _call_once(asked))
             names = asked.names
             self.score = asked.scoring.score()
@@ -474,10 +475,10 @@ def random_logit(
     if isinstance(other, str):
         nothing = torch.full((len(asked.scoring.values[0]),), torch.nan, dtype=torch.float64)
         return Scores(nothing, (other,) * len(nothing))
-    frozen = replace(explainer, target=target)
+    frozen = asked_alone(explainer, target)
     given = explain_again(frozen, network, inputs) if explanation is None else explanation
     changed = replace(target, target=other[0], selection=other[1])
-    against = explain_again(replace(explainer, target=changed), network, inputs)
+    against = explain_again(asked_alone(explainer, changed), network, inputs)
     return mean_similarity(named_maps(given, names), named_maps(against, names), kind)
 
 
@@ -570,7 +571,7 @@ def _compare_networks(
     kind: SimilarityKind,
 ) -> Scores:
     with ask(explainer, network, inputs, label) as asked:
-        frozen, names = replace(explainer, target=asked.target), asked.names
+        frozen, names = asked_alone(explainer, asked.target), asked.names
     given = explain_again(frozen, network, inputs) if explained is None else explained
     found = try_again(frozen, other, inputs)
     if isinstance(found, str):

@@ -27,6 +27,7 @@ from monai_xai.metrics.questions import (
     FrozenTarget,
     OpenQuestion,
     ask,
+    asked_alone,
     explain_again,
     explanation_or_maps,
     named_maps,
@@ -88,7 +89,7 @@ def sensitivity(
         raise InputError(f"sensitivity(n_draws={n_draws}) needs at least one draw.")
     perturbation = perturbation or UniformNoise()
     with ask(explainer, network, inputs, label) as asked:
-        frozen = replace(explainer, target=asked.target, progress=False)
+        frozen = asked_alone(explainer, asked.target, progress=False)
         given = explanation_or_maps(explainer, asked, network, inputs, explanation)
         clean = _flat(named_maps(given, asked.names))
         disturb = asked.placed(perturbation).prepare(asked.scoring)
@@ -374,7 +375,7 @@ def _explain_changed(
     """Return the maps of changed images, moved back, and their score."""
     values = tuple(change.apply(x) if x.ndim > 2 else x for x in asked.scoring.values)
     target = _moved_along(asked.target, change) if change.moves else asked.target
-    frozen = replace(explainer, target=target, progress=False)
+    frozen = asked_alone(explainer, target, progress=False)
     found = explain_again(frozen, network, _as_inputs(asked, values))
     maps = named_maps(found, asked.names)
     back = {name: change.undo(real(a)) if a.ndim > 2 else a for name, a in maps.items()}
