@@ -89,12 +89,12 @@ def _public_members(module: ModuleType) -> list[tuple[str, object]]:
 class MethodTable(SphinxDirective):
     """``.. method-table::`` lists every attributor with the facts that its class declares."""
 
-    FACTS = ("complete", "summable", "linear", "needs_layer", "stochastic")
+    FACTS = ("complete", "summable", "linear", "by_window", "needs_layer", "stochastic")
 
     def run(self) -> list[nodes.Node]:
         header = ("Method", *(fact.replace("_", " ") for fact in self.FACTS))
         rows = ["   * - " + "\n     - ".join(row) for row in (header, *self._rows())]
-        table = ".. list-table::\n   :header-rows: 1\n   :widths: 50 11 11 8 8 12\n\n" + "\n".join(rows)
+        table = ".. list-table::\n   :header-rows: 1\n   :widths: 46 11 11 8 8 8 12\n\n" + "\n".join(rows)
         return self.parse_text_to_nodes(table)
 
     def _rows(self) -> Iterator[tuple[str, ...]]:

@@ -34,6 +34,7 @@ class AttentionRollout(Attributor):
 
     is_weighted: bool = False
 
+    linear: ClassVar[bool] = False
     by_hooks: ClassVar[bool] = True
 
     def attribute(self, scoring: Scoring) -> Attribution:

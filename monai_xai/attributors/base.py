@@ -46,6 +46,7 @@ class Attributor(Spelled, ABC):
     - ``needs_layer``: looks at one layer, the field ``layer``.
     - ``stochastic``: draws random numbers, from the field ``seed``.
     - ``by_hooks``: needs each module to be called once for a score, so that sliding windows need a linear target.
+    - ``linear``: the map of a sum of scores is the sum of the maps.
     - ``by_window``: the map is the sum of what each window gives by itself, so that processes may share the windows.
     - ``ends_early``: gives the best it has when ``Explainer(max_seconds=...)`` are over, with an error that it reports.
     - ``cause_of_gap``: what to do about a large delta.
@@ -54,6 +55,7 @@ class Attributor(Spelled, ABC):
     complete: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     paints: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     needs_layer: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     by_hooks: ClassVar[bool] = False

@@ -42,6 +42,7 @@ class ClassActivationAttributor(Attributor):
         if not isinstance(self.layer, str | None):
             raise InputError(f"{self.name}(layer=...) needs the dotted name of a layer, got {self.layer!r}.")
 
+    linear: ClassVar[bool] = False
     needs_layer: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
 
@@ -283,6 +284,7 @@ class GuidedGradCam(Attributor):
 
     layer: str | None = None
 
+    linear: ClassVar[bool] = False
     needs_layer: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
 

@@ -101,6 +101,7 @@ class ExtremalPerturbation(BaselineAttributor):
     n_steps: int = 300
     seed: int = 0
 
+    linear: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -146,6 +146,7 @@ class NoiseTunnel(Attributor):
     stdev_spread: float = 0.15
     seed: int = 0
 
+    linear: ClassVar[bool] = False
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

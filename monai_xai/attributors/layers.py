@@ -114,6 +114,7 @@ class LayerActivation(Attributor):
 
     layer: str = ""
 
+    linear: ClassVar[bool] = False
     needs_layer: ClassVar[bool] = True
     by_hooks: ClassVar[bool] = True
 

@@ -137,6 +137,7 @@ class GuidedIntegratedGradients(BaselineAttributor):
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
     cause_of_gap: ClassVar[str] = (
         "raise n_steps, or hold against a baseline nearer to the input, such as Blur()"
     )
