@@ -28,6 +28,10 @@ OF_GPU = 1 / 4
 """Share of a GPU's free memory that a batch may take, if nothing is said."""
 MOST_PARTS = 64
 """Most parts of a batch: more do not make a call cheaper."""
+GRAPH = 32
+"""How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
+
+_FEW = 3
 
 AHEAD = 3
 """How far computations that run side by side may be apart."""
@@ -45,6 +49,11 @@ class Trial(NamedTuple, Generic[Key]):
     key: Key
     term: Term
     part: Tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        return sum(x.nbytes for x in self.part)
 
     def fits(self, other: Trial[Any]) -> bool:
         """Tell whether one call can take both."""
@@ -67,6 +76,10 @@ class Joined(ABC, Generic[Result]):
     for rounding: that the parts of a batch do not influence each other is checked once, and where they do (batch
     statistics), or the network takes no batch of this size, each part is a call of its own.
 
+    A small volume is measured, and held against its batch, as a batch of itself twice, where that is quicker than
+    alone: PyTorch takes another convolution, several times as slow, for one volume of at most 20480 channels times
+    slices times rows.
+
     Args:
         memory_gib: what a batch may take; None: what is quickest on a CPU, a quarter of what is free on a GPU. A part
             that takes more goes alone.
@@ -86,12 +99,15 @@ class Joined(ABC, Generic[Result]):
         self._size = 0
         self._bytes = 0.0
         self._is_checked = False
+        self._takes_two = True
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
         """Yield the key of each trial with what it gives."""
         waiting: list[Trial[Key]] = []
         for trial in trials:
+            if waiting and not self._size:
+                yield from self._measured(waiting)
             if waiting and not (len(waiting) < self._size and waiting[0].fits(trial)):
                 yield from zip([w.key for w in waiting], self._together(waiting), strict=True)
                 waiting = []
@@ -99,19 +115,21 @@ class Joined(ABC, Generic[Result]):
                 waiting.append(trial)
             else:
                 yield trial.key, self._call([trial])[0]
-        if len(waiting) == 1 and not self._measures_one:
-            yield waiting[0].key, self._call(waiting)[0]
-        elif waiting:
-            yield from zip([w.key for w in waiting], self._together(waiting), strict=True)
+        if waiting and not self._size and self._measures_one:
+            yield from self._measured(waiting)
+        if waiting:
+            yield from zip([w.key for w in waiting], self._rest(waiting), strict=True)
 
-    def _measured(self, trial: Trial[Any]) -> Result:
-        """Return what a trial gives by itself, and find how many like it make a batch."""
+    def _measured(self, waiting: list[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
+        """Find how many trials like the first one make a batch, and yield what it gives, if it was alone for that."""
+        trial = waiting[0]
         with LiveTensors() as live:
-            result = self._call([trial])[0]
-        needed = live.peak + sum(x.nbytes for x in trial.part)
+            result = self._alone(trial)
+        needed = live.peak // self._copies(trial) + trial.nbytes
         self._bytes = self._room(trial, needed)
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
-        return result
+        if self._copies(trial) == 1:
+            yield waiting.pop(0).key, result
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
         """Return how many bytes a batch may take, of which one part needs some."""
@@ -122,9 +140,13 @@ class Joined(ABC, Generic[Result]):
 
     def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what trials give that fit together."""
-        if not self._size:
-            return [self._measured(trials[0])]
         return self._in_batches(trials) if self._is_checked or len(trials) == 1 else self._checked(trials)
+
+    def _rest(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        """Return what the last trials give: where they are few, a look at their batch costs more than it saves."""
+        if self._is_checked or len(trials) > _FEW:
+            return self._together(trials)
+        return [result for trial in trials for result in self._call([trial])]
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.
@@ -144,7 +166,7 @@ class Joined(ABC, Generic[Result]):
         last = len(trials) - 1
         other = next((n for n, trial in enumerate(trials) if _differ(trial.part, trials[last].part)), None)
         for number in (last,) if other is None else (last, other):
-            alone = self._call([trials[number]])[0]
+            alone = self._alone(trials[number])
             if not self._agree(alone, results[number]):
                 self._is_checked = True
                 self._distrust(trials[number], alone)
@@ -154,6 +176,22 @@ class Joined(ABC, Generic[Result]):
             other is not None
         )  # of equal parts it may say the same, whatever it does with a batch
         return results
+
+    def _alone(self, trial: Trial[Any]) -> Result:
+        """Return what a trial gives with nothing beside it but, maybe, itself."""
+        if self._copies(trial) == 2:
+            try:
+                return self._call([trial, trial])[0]
+            except RuntimeError:
+                self._takes_two = False  # made for one at a time; an error that has another cause comes again
+        return self._call([trial])[0]
+
+    def _copies(self, trial: Trial[Any]) -> int:
+        """Return how often a trial is in a batch of its own: twice, if it is a volume for which that is quicker."""
+        first = trial.part[0]
+        is_volume = first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and not first.is_cuda
+        is_small = 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
+        return 2 if self._takes_two and is_volume and is_small else 1
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""
