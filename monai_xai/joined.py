@@ -6,6 +6,7 @@ whichever window or perturbation they come from.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -100,6 +101,7 @@ class Joined(ABC, Generic[Result]):
         self._bytes = 0.0
         self._is_checked = False
         self._takes_two = True
+        self._known: tuple[Trial[Any], Result] | None = None
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
@@ -130,6 +132,8 @@ class Joined(ABC, Generic[Result]):
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
         if self._copies(trial) == 1:
             yield waiting.pop(0).key, result
+        else:
+            self._known = trial, result  # what it is held against, once it has been in a batch with others
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
         """Return how many bytes a batch may take, of which one part needs some."""
@@ -152,7 +156,8 @@ class Joined(ABC, Generic[Result]):
         """Return results, after a look whether what a part gives depends on what else is in its batch.
 
         Two parts that differ are asked for alone as well. Of one, nothing shows where it is the very part that the
-        others depend on, as the one with the largest value, or the first of a batch.
+        others depend on, as the one with the largest value, or the first of a batch; and nothing of one that is
+        constant, such as empty background.
         """
         try:
             results = self._in_batches(trials)
@@ -163,26 +168,36 @@ class Joined(ABC, Generic[Result]):
             return self._in_batches(trials)
         if self._size < len(trials):
             return results  # memory did not hold the batch: the next one is looked at
-        last = len(trials) - 1
-        other = next((n for n, trial in enumerate(trials) if _differ(trial.part, trials[last].part)), None)
-        for number in (last,) if other is None else (last, other):
-            alone = self._alone(trials[number])
+        probes = self._probes(trials)
+        for number in probes:
+            trial = trials[number]
+            alone = self._known[1] if self._known and self._known[0] is trial else self._alone(trial)
             if not self._agree(alone, results[number]):
                 self._is_checked = True
-                self._distrust(trials[number], alone)
+                self._distrust(trial, alone)
                 self._size = 1
                 return self._in_batches(trials)
-        self._is_checked = (
-            other is not None
-        )  # of equal parts it may say the same, whatever it does with a batch
+        self._is_checked = len(probes) == 2
+        self._known = None
         return results
+
+    def _probes(self, trials: Sequence[Trial[Any]]) -> list[int]:
+        """Return the numbers of two trials that show whether the parts of a batch influence each other, or of one."""
+        varied = [number for number, trial in enumerate(trials) if _varies(trial.part)]
+        if not varied:
+            return [len(trials) - 1]
+        first, rest = varied[-1], varied[:-1]
+        if self._known and self._known[0] is trials[varied[0]]:
+            first, rest = varied[0], varied[:0:-1]  # known already, and the others from the last on
+        differing = (number for number in rest if _differ(trials[number].part, trials[first].part))
+        return [first, *itertools.islice(differing, 1)]
 
     def _alone(self, trial: Trial[Any]) -> Result:
         """Return what a trial gives with nothing beside it but, maybe, itself."""
         if self._copies(trial) == 2:
             try:
                 return self._call([trial, trial])[0]
-            except RuntimeError:
+            except Exception:
                 self._takes_two = False  # made for one at a time; an error that has another cause comes again
         return self._call([trial])[0]
 
@@ -352,6 +367,11 @@ class JoinedGradients(Joined[Gradient]):
                     running[number] = routine, routine.send(answer)
                 except StopIteration as end:
                     yield end.value
+
+
+def _varies(part: Tensors) -> bool:
+    """Tell whether some input of a part is not constant."""
+    return any(bool(x.amin() != x.amax()) for x in part)
 
 
 def _differ(one: Tensors, other: Tensors) -> bool:

@@ -14,7 +14,7 @@ ones as fit into a fixed room (:mod:`monai_xai.joined`):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Number
@@ -292,8 +292,29 @@ def window_terms(
     return [
         WindowTerm(windows, function, place, sample, weights)
         for sample in range(inputs[0].shape[0])
-        for place in windows.places
+        for place in _meeting(windows.places, _bounds(touched[sample]))
         if touched[(slice(sample, sample + 1), *place)].any()
+    ]
+
+
+def _bounds(touched: Tensor) -> list[tuple[int, int]]:
+    """Return the first and the last touched voxel along each axis; none along the others if there is none."""
+    bounds = []
+    for axis in range(touched.ndim):
+        along = touched.movedim(axis, 0).flatten(1).any(1).nonzero()
+        bounds.append((int(along[0]), int(along[-1])) if len(along) else (0, -1))
+    return bounds
+
+
+def _meeting(places: Iterable[Place], bounds: Sequence[tuple[int, int]]) -> list[Place]:
+    """Return the places that meet a box; a look at the box spares one at the voxels of each."""
+    return [
+        place
+        for place in places
+        if all(
+            side.start <= last and first < side.stop
+            for side, (first, last) in zip(place, bounds, strict=True)
+        )
     ]
 
 
