@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import captum.attr
 import numpy as np
@@ -12,6 +13,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import DenseNet121, SegResNet
 from torch import Tensor, nn
 
+from benchmarks.results import Block, Table
 from monai_xai import Box, Constant, ModalityExplanation, ModalityShapley, OutputScore, RegionScore
 from monai_xai.modalities import shapley_values
 
@@ -29,7 +31,7 @@ class Calls:
         self.count += len(inputs[0])
 
 
-def exact() -> str:
+def exact() -> Table:
     """Four sequences of a 3D classification network: passes and time beside Captum's."""
     torch.manual_seed(0)
     network = DenseNet121(3, 4, 2, init_features=16, growth_rate=8).eval()
@@ -54,13 +56,21 @@ def exact() -> str:
     captum_time, captum_passes = time.perf_counter() - start, calls.count
     assert isinstance(found, ModalityExplanation)
     difference = (found.values["zero"] - theirs[:, :, 0, 0, 0]).abs().max()
-    return (
-        f"\nfour modalities, 64³: {passes:.0f} passes, {ours / sixteen:.2f} x sixteen forwards; Captum's ShapleyValues "
-        f"{captum_passes} passes: {ours / captum_time:.2f} x its time, values differ by {difference:.1e}"
+    return Table(
+        ["four modalities of a 3D classification, 64³", "passes", "seconds", "x sixteen forwards"],
+        [
+            ("ours", int(passes), ours, ours / sixteen),
+            (
+                f"captum.attr.ShapleyValues, values within {difference:.0e}",
+                captum_passes,
+                captum_time,
+                captum_time / sixteen,
+            ),
+        ],
     )
 
 
-def windows() -> str:
+def windows() -> Table:
     """Four sequences of a segmentation at 128³: a lesion region against the whole volume."""
     torch.manual_seed(0)
     network, x = (
@@ -75,14 +85,11 @@ def windows() -> str:
         assert isinstance(found, ModalityExplanation)
         seconds.append(found.seconds)
         active.append(int(found.facts["active_windows"]))
-    per_window = seconds[0] / active[0], seconds[1] / active[1]
-    return (
-        f"segmentation at 128³: {active[0]} and {active[1]} of 343 windows, {per_window[0]:.2f} and "
-        f"{per_window[1]:.2f} s per active window"
-    )
+    rows = [(n, took, took / n) for n, took in zip(active, seconds, strict=True)]
+    return Table(["windows of 343 that meet the region, segmentation at 128³", "seconds", "per window"], rows)
 
 
-def sampler() -> str:
+def sampler() -> Table:
     """A sigmoid game of 12 players: root-mean-square error at an equal number of permutations."""
     count = 12
     weights = torch.linspace(-1, 1.5, count, dtype=torch.float64)
@@ -117,10 +124,16 @@ def sampler() -> str:
         squares = [(sample(n, seed) - exact_values).square().mean() for seed in range(20)]  # type: ignore[operator]
         return math.sqrt(float(sum(squares)) / len(squares))
 
-    parts = [f"{n}: {error(ours, n):.4f} against {error(plain, n):.4f}" for n in (20, 100)]
-    return "sampling 12 modalities, error at permutations " + ", ".join(parts) + " of plain ones"
+    rows = [(n, error(ours, n), error(plain, n)) for n in (20, 100)]
+    return Table(["permutations of 12 players", "error, ours", "plain permutations"], rows)
 
 
-def modalities() -> list[str]:
-    """Run all three."""
-    return [exact(), windows(), sampler()]
+def modalities() -> Iterator[Block]:
+    """Shapley values of modalities.
+
+    Exact ones beside Captum's on the same game, through windows, and sampled ones beside plain permutations
+    (root-mean-square error over 20 seeds).
+    """
+    yield exact()
+    yield windows()
+    yield sampler()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import captum.attr
@@ -15,14 +17,18 @@ from monai.visualize import OcclusionSensitivity
 from torch import Tensor, nn
 
 from benchmarks.cases import image, tiny_unet, warm_up
+from benchmarks.gallery import read_case, train
+from benchmarks.results import Block, Table
 from monai_xai import (
     Blocks,
+    Blur,
     Box,
     ClassScore,
     Constant,
     Explainer,
     Explanation,
     Occlusion,
+    Predicted,
     RegionScore,
     ShapleyValueSampling,
 )
@@ -95,13 +101,13 @@ def cost_of_one(network: nn.Module, part: Tensor) -> float:
     return min(costs)
 
 
-def occlusion(size: int, region: Box, name: str, *, other: bool = True) -> Row:
+def occlude(size: int, region: Box, name: str, *, block: int = BLOCK, other: bool = True) -> Row:
     """Occlude a volume of 4 channels in blocks through windows, as Captum does over the whole inference."""
     network, x = tiny_unet(), image(size)
-    calls, block = Calls(network), (4, BLOCK, BLOCK, BLOCK)
+    calls, box = Calls(network), (4, block, block, block)
     explainer = Explainer(
         RegionScore(1, region),
-        Occlusion(block, baseline=ZERO),
+        Occlusion(box, baseline=ZERO),
         SlidingWindowInferer(WINDOW, overlap=0.5, sw_batch_size=1),
         progress=False,
     )
@@ -120,7 +126,7 @@ def occlusion(size: int, region: Box, name: str, *, other: bool = True) -> Row:
     if other:
         with torch.no_grad():
             theirs, expected = timed(
-                lambda: captum.attr.Occlusion(score).attribute(x, block, block, baselines=0.0)
+                lambda: captum.attr.Occlusion(score).attribute(x, box, box, baselines=0.0)
             )
         their_evaluations = calls.taken()
         own = found.attributions["image"]
@@ -142,7 +148,7 @@ FEW = Box((0, 40, 40), (16, 56, 56))
 WHOLE = Box((0, 0, 0), (128, 128, 128))
 
 
-def classification() -> Iterator[Row]:
+def _classify() -> Iterator[Row]:
     """Occlude a volume of a 3D DenseNet121, beside Captum at its best batch size and MONAI's OcclusionSensitivity."""
     torch.manual_seed(0)
     network = DenseNet121(3, 1, 2).eval()
@@ -198,8 +204,8 @@ def classification() -> Iterator[Row]:
     )
 
 
-def shapley() -> list[str]:
-    """Sample Shapley values of 216 blocks through windows: error against window evaluations, beside Captum's.
+def shapley() -> Iterator[Block]:
+    """Sampled Shapley values of 216 blocks through windows: error against window evaluations, beside Captum's.
 
     The geometry is that of the other rows at half the size. Captum's own code walks the same game, whose value it asks
     us for (27 window evaluations each, as it would make them): over the volume itself it would take hours.
@@ -219,7 +225,7 @@ def shapley() -> list[str]:
     with open_task(question, network, x) as task:
         scoring = task.scoring(next(iter(task.targets().values())))
         masks, count = feature_masks(features, scoring.inputs)
-        game = Game(scoring, scoring.draw(ZERO)[0], masks, count, scoring.score())
+        game = Game(scoring, scoring.draw(ZERO)[0], masks, count, scoring.term_scores())
         asked = 0
 
         def value(present: Tensor) -> Tensor:
@@ -239,79 +245,91 @@ def shapley() -> list[str]:
 
         reference = ours(120, 1000)[1]
         found = {"ours": [ours(n, 1) for n in (2, 4, 8, 16)], "Captum": [theirs(n) for n in (1, 2, 4, 8)]}
-    lines = [
-        "\n| Shapley values of 216 blocks | window evaluations | root-mean-square error |",
-        "|---|---|---|",
-    ]
-    budgets = {}
+    rows, budgets = [], {}
     for who, runs in found.items():
         errors = [(evaluations, float((v - reference).square().mean().sqrt())) for evaluations, v in runs]
-        lines += [f"| {who} | {evaluations:.0f} | {error:.2e} |" for evaluations, error in errors]
+        rows += [(who, int(evaluations), error) for evaluations, error in errors]
         budgets[who] = sum(evaluations * error**2 for evaluations, error in errors) / len(errors)
-    lines.append(
-        f"at equal error (which falls with the root of evaluations) Captum needs "
-        f"{budgets['Captum'] / budgets['ours']:.0f} times the window evaluations"
+    yield Table(["Shapley values of 216 blocks", "window evaluations", "root-mean-square error"], rows)
+    yield (
+        "At equal error, which falls with the root of evaluations, Captum needs "
+        f"{budgets['Captum'] / budgets['ours']:.0f} times the window evaluations."
     )
-    return lines
 
 
-def coarse_to_fine() -> str:
-    """Look for the ten strongest blocks of a lesion-like region, beside the full grid."""
-    network, x = tiny_unet(), image(128)
-    inferer = SlidingWindowInferer(WINDOW, overlap=0.5, sw_batch_size=1)
+def coarse_to_fine() -> Iterator[Block]:
+    """The ten strongest blocks of the trained lesion network, from coarse to fine beside the full grid.
 
-    def explain(top_k: int | None) -> Explanation:
-        method = Occlusion((4, BLOCK, BLOCK, BLOCK), baseline=ZERO, top_k=top_k)
-        found = Explainer(RegionScore(1, FEW), method, inferer, progress=False)(network, x)
+    The bundle ms_lesion_segmentation, trained on its phantoms; the score is the mean lesion logit over the predicted
+    mask.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        network, inferer, case = read_case(train(Path(folder)))
+    rows, tops = [], []
+    for top_k in (None, 10):
+        method = Occlusion((4, SMALL, SMALL, SMALL), baseline=Blur(4.0), top_k=top_k)
+        explainer = Explainer(RegionScore(1, Predicted()), method, inferer, progress=False)
+        seconds, found = timed(lambda explainer=explainer: explainer(network, case["image"][None]))
         assert isinstance(found, Explanation)
-        return found
-
-    full, found = explain(None), explain(10)
-    tops = [
-        set(
-            e.attributions["image"][0, 0, ::BLOCK, ::BLOCK, ::BLOCK].flatten().abs().topk(10).indices.tolist()
+        blocks = found.attributions["image"][0, 0, ::SMALL, ::SMALL, ::SMALL].flatten().abs()
+        tops.append(set(blocks.topk(10).indices.tolist()))
+        missed = float(found.facts.get("largest_not_divided", 0.0))
+        rows.append(
+            ("full grid" if top_k is None else "coarse to fine", int(found.facts["pieces"]), seconds, missed)
         )
-        for e in (full, found)
-    ]
-    return (
-        f"\ncoarse to fine: {len(tops[0] & tops[1])} of the 10 strongest blocks with {found.facts['pieces']} of "
-        f"{found.facts['pieces_of_full_grid']} evaluations; largest effect of a box that was not divided: "
-        f"{found.facts['largest_not_divided']:.2e}, of all {float(full.attributions['image'].abs().max()):.2e}"
+    yield Table(["blocks of 8³", "blocks tried", "seconds", "largest effect not divided"], rows)
+    yield (
+        f"{len(tops[0] & tops[1])} of the 10 strongest blocks are the same, with {rows[1][1] / rows[0][1]:.0%} of the "
+        "evaluations."
     )
 
 
-def scaling() -> list[str]:
-    """Measure how the time of an occlusion grows with the volume, the region and the number of blocks."""
-    lines = ["\n| volume | region | windows | seconds | x floor |", "|---|---|---|---|---|"]
-    for size in (64, 96, 128, 192):
-        for name, end in (("16³", 16), ("32³", 32)):
-            row = occlusion(size, Box((0, 0, 0), (end,) * 3), "", other=False)
-            lines.append(
-                f"| {size}³ | {name} | {row.evaluations[0]:.0f} evaluations | {row.seconds[0]:.1f} | {row.floor:.2f} |"
+SMALL = 8
+"""Width of a block on the phantoms, whose lesions are small."""
+
+
+def scaling() -> Iterator[Block]:
+    """How the time of an occlusion grows with volume, region and number of blocks, as a multiple of the floor.
+
+    The floor is the number of window evaluations that must be done times the measured cost of one. Windows of 64³.
+    """
+    shapes = [(size, end, BLOCK) for size in (64, 96, 128, 192) for end in (16, 48)]
+    shapes += [(128, 16, block) for block in (32, 8)]
+    rows = []
+    for size, end, block in shapes:
+        row = occlude(size, Box((0, 0, 0), (end,) * 3), "", block=block, other=False)
+        rows.append(
+            (f"{size}³", f"{end}³", (size // block) ** 3, int(row.evaluations[0]), row.seconds[0], row.floor)
+        )
+    yield Table(["volume", "region", "blocks", "window evaluations", "seconds", "x floor"], rows)
+
+
+def occlusion() -> Iterator[Block]:
+    """Occlusion of 512 blocks of 16³ in 4 x 128³ through windows of 64³, beside Captum's over the whole inference."""
+    yield _table(
+        [
+            occlude(128, FEW, "region in 4 of 27 windows"),
+            occlude(128, WHOLE, "region everywhere"),
+        ]
+    )
+
+
+def classification() -> Iterator[Block]:
+    """Occlusion of a volume of a 3D DenseNet121, beside Captum at its best batch size and MONAI's own."""
+    yield _table(list(_classify()))
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    columns = ["work", "beside", "seconds, ours", "theirs", "times as fast", "largest difference, relative"]
+    columns += ["evaluations, ours", "theirs", "additional GiB", "x floor"]
+    return Table(
+        columns,
+        [
+            (
+                *(row.work, row.other, *row.seconds, row.speedup, f"{row.difference:.0e}"),
+                *map(int, row.evaluations),
+                *(row.memory, row.floor),
             )
-    return lines
-
-
-HEAD = (
-    "\n| work | beside | seconds, ours | theirs | times as fast | largest difference | evaluations, ours | theirs | "
-    "additional GiB | x floor |\n|---|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def perturbing() -> Iterator[str]:
-    """Yield the lines of all comparisons."""
-    yield HEAD
-    yield _line(occlusion(128, FEW, "Occlusion, region in 4 of 27 windows, 128³, 512 blocks"))
-    yield _line(occlusion(128, WHOLE, "Occlusion, region everywhere, 128³, 512 blocks"))
-    yield from map(_line, classification())
-    yield from shapley()
-    yield coarse_to_fine()
-    yield from scaling()
-
-
-def _line(row: Row) -> str:
-    return (
-        f"| {row.work} | {row.other} | {row.seconds[0]:.1f} | {row.seconds[1]:.1f} | {row.speedup:.1f} | "
-        f"{row.difference:.1e} | {row.evaluations[0]:.0f} | {row.evaluations[1]:.0f} | {row.memory:.2f} | "
-        f"{row.floor:.2f} |"
+            for row in rows
+        ],
     )

@@ -1,4 +1,4 @@
-"""Cases, and windows of one case, in one and in two processes: ``python -m benchmarks.ranks``, on a quiet machine.
+"""Cases, and windows of one case, in one and in two processes: ``python -m benchmarks processes``, on a quiet machine.
 
 Each process has one thread, so that two processes on two cores are held against one process on one core. Starting up
 and importing is not counted: the clock runs from the start to the end of the evaluator's run, in the first process.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 
 from benchmarks.cases import image, segresnet
+from benchmarks.results import Block, Table, as_markdown
 from benchmarks.runs import environment, files_of, run_here, write_bundle
 from monai_xai import Box, Explainer, Explanation, IntegratedGradients, RegionScore
 from monai_xai.ranks import join, leave, rank, wait_for_all
@@ -32,12 +34,14 @@ WORK = {
     "device": {"_target_": "monai_xai.ranks.join"},
 }
 
+CASES, REPEATS = 30, 2
+
 
 def work(folder: Path) -> None:
     """Run the bundle as one of several processes; the first one prints its seconds."""
     torch.set_num_threads(1)
     join()
-    wait_for_all()
+    wait_for_all("the start")
     start = time.perf_counter()
     run_here(folder, **WORK)
     if rank() == 0:
@@ -55,7 +59,7 @@ def work_on_one_case() -> None:
     explainer = Explainer(
         target, IntegratedGradients(6), inferer, progress=False, spread=True, tolerated_gap=1.0
     )
-    wait_for_all()
+    wait_for_all("the start")
     start = time.perf_counter()
     explanation = explainer(network, volume)
     took = time.perf_counter() - start
@@ -78,7 +82,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", type=Path)
     parser.add_argument("--one-case", action="store_true", help="work on the windows of one case")
-    parser.add_argument("--cases", type=int, default=12)
     options = parser.parse_args()
     if options.worker:
         work(options.worker)
@@ -86,23 +89,34 @@ def main() -> None:
     if options.one_case:
         work_on_one_case()
         return
+    for block in processes():
+        print(as_markdown(block))
+
+
+def processes() -> Iterator[Block]:
+    """Cases, and windows of one case, in one and in two processes of one thread each.
+
+    Starting up and importing is not counted. 30 cases of 192 steps of Integrated Gradients; one case of 125 windows.
+    """
     with tempfile.TemporaryDirectory() as name:
-        folder = write_bundle(Path(name) / "bundle", [f"p{number:02}" for number in range(options.cases)])
-        taken, left = {}, {}
-        for processes in (1, 2):
+        folder = write_bundle(Path(name) / "bundle", [f"p{number:02}" for number in range(CASES)])
+        taken: dict[int, list[float]] = {1: [], 2: []}
+        left = {}
+        for count in (1, 2) * REPEATS:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            taken[processes] = in_processes(processes, "--worker", str(folder))
-            left[processes] = files_of(folder / "out", without=[])
-    print("| processes | seconds | cases per second |\n|---|---|---|")
-    for processes, took in taken.items():
-        print(f"| {processes} | {took:.1f} | {options.cases / took:.2f} |")
-    print(f"\ntwo against one: {taken[1] / taken[2]:.2f} x; files are the same: {left[1] == left[2]}")
-    one, two = (in_processes(processes, "--one-case") for processes in (1, 2))
-    print(
-        f"windows of one case: {one[0]:.1f} and {two[0]:.1f} s, {one[0] / two[0]:.2f} x; "
-        f"score and norm {one[1:]}, {two[1:]}"
+            taken[count].append(in_processes(count, "--worker", str(folder)))
+            left[count] = files_of(folder / "out", without=[])
+    cases = {count: statistics.median(times) for count, times in taken.items()}
+    one, two = (in_processes(count, "--one-case") for count in (1, 2))
+    rows = [
+        ("cases", cases[1], cases[2], cases[1] / cases[2]),
+        ("windows of one case", one[0], two[0], one[0] / two[0]),
+    ]
+    yield Table(["spread over processes", "one, seconds", "two, seconds", "times as fast"], rows)
+    yield (
+        f"The files of one and two processes are {'the same' if left[1] == left[2] else 'NOT the same'}. Score and norm "
+        f"of the one case differ by {abs(two[1] / one[1] - 1):.0e} and {abs(two[2] / one[2] - 1):.0e} of themselves."
     )
-    print(f"load of the machine, which has {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
