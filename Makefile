@@ -66,7 +66,7 @@ docs: $(TOOLS)  ## build the documentation
 	$(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
-benchmark: $(PACKAGE)  ## measure time and memory against plain autograd (half an hour, needs 24 GiB)
+benchmark: $(PACKAGE)  ## measure time and memory beside autograd, Captum and MONAI (an hour, needs 24 GiB)
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environments and everything that was built

@@ -113,9 +113,10 @@ def processes() -> Iterator[Block]:
         ("windows of one case", one[0], two[0], one[0] / two[0]),
     ]
     yield Table(["spread over processes", "one, seconds", "two, seconds", "times as fast"], rows)
+    sameness = "the same" if left[1] == left[2] else "NOT the same"
     yield (
-        f"The files of one and two processes are {'the same' if left[1] == left[2] else 'NOT the same'}. Score and norm "
-        f"of the one case differ by {abs(two[1] / one[1] - 1):.0e} and {abs(two[2] / one[2] - 1):.0e} of themselves."
+        f"The files of one and two processes are {sameness}. Score and norm of the one case differ by "
+        f"{abs(two[1] / one[1] - 1):.0e} and {abs(two[2] / one[2] - 1):.0e} of themselves."
     )
 
 

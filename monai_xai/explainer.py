@@ -186,6 +186,7 @@ class Explainer:
         baseline = getattr(attributor, "baseline", None)
         if not isinstance(baseline, Auto) or not attributor.complete:
             return self._run(attributor, scoring)
+        wanted = min(self.tolerated_gap, attributor.wanted_gap)
         best: tuple[float, Attribution] | None = None
         for candidate in baseline.candidates:
             found = self._run(replace(attributor, baseline=candidate), scoring)  # type: ignore[call-arg]
@@ -193,7 +194,7 @@ class Explainer:
             gap = _gap(found)
             if best is None or gap < best[0]:
                 best = gap, found
-            if gap <= self.tolerated_gap or scoring.clock.is_cut:
+            if gap <= wanted or scoring.clock.is_cut:
                 break
         assert best is not None
         return best[1]

@@ -73,6 +73,11 @@ class Attributor(Spelled, ABC):
         return self.by_window
 
     @property
+    def wanted_gap(self) -> float:
+        """The relative completeness gap at which the method, as it is set, is done; infinite where none is."""
+        return math.inf
+
+    @property
     def name(self) -> str:
         """The method's name."""
         return type(self).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
@@ -166,6 +167,10 @@ class IntegratedGradients(BaselineAttributor):
                     nodes[row] = 1.0, 1.0  # goes on beside the others
         stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
         return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
+
+    @property
+    def wanted_gap(self) -> float:
+        return self._relative_gap() if self.is_adaptive else math.inf
 
     def _relative_gap(self) -> float:
         return _DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance

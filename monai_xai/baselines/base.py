@@ -232,7 +232,8 @@ class Auto(Baseline):
     """The first of several baselines from which a method adds up on this network and input.
 
     The :class:`~monai_xai.Explainer` tries one after the other, and says in ``facts["baseline"]`` which it took: the
-    first whose gap is within its ``tolerated_gap``, or else the one with the smallest. Written ``baseline="auto"``.
+    first whose gap is within its ``tolerated_gap`` and the method's own ``tolerance``, or else the one with the
+    smallest. Written ``baseline="auto"``.
 
     Args:
         candidates: what is tried, in this order.
