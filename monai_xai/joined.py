@@ -104,8 +104,15 @@ class Joined(ABC, Generic[Result]):
         self._known: tuple[Trial[Any], Result] | None = None
         self._kept: dict[int, Tensor] = {}
 
-    def __call__(self, trials: Iterable[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
-        """Yield the key of each trial with what it gives."""
+    def __call__(
+        self, trials: Iterable[Trial[Key]], *, goes_on: bool = False
+    ) -> Iterator[tuple[Key, Result]]:
+        """Yield the key of each trial with what it gives.
+
+        Args:
+            trials: as many as there are.
+            goes_on: whether there will be more calls for more of them.
+        """
         waiting: list[Trial[Key]] = []
         for trial in trials:
             if waiting and not self._size:
@@ -120,7 +127,8 @@ class Joined(ABC, Generic[Result]):
         if waiting and not self._size and self._measures_one:
             yield from self._measured(waiting)
         if waiting:
-            yield from zip([w.key for w in waiting], self._rest(waiting), strict=True)
+            rest = self._together(waiting) if goes_on else self._rest(waiting)
+            yield from zip([w.key for w in waiting], rest, strict=True)
 
     def _measured(self, waiting: list[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
         """Find how many trials like the first one make a batch, and yield what it gives, if it was alone for that."""
@@ -359,7 +367,7 @@ class JoinedGradients(Joined[Gradient]):
             self._running = len(running)
             answers: dict[int, list[Gradient]] = {number: [] for number in running}
             asked = (Trial(n, t.term, t.part) for n, (_, trials) in running.items() for t in trials)
-            for number, found in self(asked):
+            for number, found in self(asked, goes_on=True):
                 answers[number].append(found)
             for number, answer in answers.items():
                 routine, _ = running.pop(number)

@@ -19,6 +19,7 @@ from monai_xai import (
     NoiseTunnel,
     RegionScore,
     Saliency,
+    joined,
 )
 from monai_xai.calls import CalledNetwork
 from monai_xai.forward import Scoring
@@ -67,6 +68,14 @@ def test_maps_do_not_depend_on_the_size_of_batches(method, target):
     torch.testing.assert_close(one.score, many.score, rtol=1e-12, atol=0)
     torch.testing.assert_close(one.attributions["image"], many.attributions["image"], rtol=0, atol=1e-12)
     assert one.facts == many.facts
+
+
+@pytest.mark.parametrize("method", [IntegratedGradients(6), METHODS["adaptive"], GradientShap(3)], ids=str)
+def test_small_batches_are_filled_too(method, monkeypatch):
+    monkeypatch.setattr(joined, "MOST_PARTS", 3)
+    network, x = Rows(small_unet(), calls := [], traced=True), random_image(1, 2, 48, 40)
+    explain(method, network, x)
+    assert sum(calls) > 2 * len(calls)
 
 
 def test_a_network_that_sees_whole_inputs_gets_several_nodes_of_the_path_at_once():
