@@ -10,6 +10,7 @@ import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -33,9 +34,38 @@ GRAPH = 32
 """How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
 
 _FEW = 3
+_CHANNELS = 8  # that a network has about, at least, where its features are as large as its input
 
 AHEAD = 3
 """How far computations that run side by side may be apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patched(Sequence[Tensor]):
+    """What a term sees of inputs that differ from others in one place: made only where it is wanted as a whole.
+
+    Args:
+        base: the others.
+        source: which input differs.
+        place: where, an index.
+        patch: what is there.
+    """
+
+    base: Tensors
+    source: int
+    place: tuple[slice, ...]
+    patch: Tensor
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, number: Any) -> Any:
+        x = self.base[number]
+        if number != self.source:
+            return x
+        x = x.clone()
+        x[self.place] = self.patch
+        return x
 
 
 class Trial(NamedTuple, Generic[Key]):
@@ -49,17 +79,67 @@ class Trial(NamedTuple, Generic[Key]):
 
     key: Key
     term: Term
-    part: Tensors
+    part: Sequence[Tensor]
+
+    @property
+    def like(self) -> Sequence[Tensor]:
+        """Tensors of the shapes of the part, which are there already."""
+        return self.part.base if isinstance(self.part, Patched) else self.part
 
     @property
     def nbytes(self) -> int:
         """Bytes of the part."""
-        return sum(x.nbytes for x in self.part)
+        return sum(x.nbytes for x in self.like)
 
     def fits(self, other: Trial[Any]) -> bool:
         """Tell whether one call can take both."""
-        shapes = ([(x.shape[1:], x.dtype, x.device) for x in trial.part] for trial in (self, other))
+        shapes = ([(x.shape[1:], x.dtype, x.device) for x in trial.like] for trial in (self, other))
         return self.term.function is other.term.function and next(shapes) == next(shapes)
+
+
+class _Rows:
+    """One input of all trials of a batch, in memory that is kept: new memory costs more than to write it.
+
+    A row that holds what a trial differs from in one place is written in that place alone.
+    """
+
+    def __init__(self, like: Tensor, count: int) -> None:
+        self._rows = like.new_empty((count, *like.shape[1:]))
+        self._held: dict[int, tuple[Tensor, tuple[slice, ...] | None]] = {}
+        self._version = self._rows._version
+        self._length = 0  # of the rows of one trial
+
+    def holds(self, like: Tensor, count: int) -> bool:
+        """Tell whether so many rows like this fit."""
+        rows = self._rows
+        alike = rows.shape[1:] == like.shape[1:] and (rows.dtype, rows.device) == (like.dtype, like.device)
+        return alike and len(rows) >= count
+
+    def of(self, number: int, trials: Sequence[Trial[Any]]) -> Tensor:
+        """Return the input of that number of all trials."""
+        lengths = {len(trial.like[number]) for trial in trials}
+        if self._rows._version != self._version or lengths != {self._length}:
+            self._held.clear()  # the network works in place, or rows lie elsewhere
+        end = 0
+        for trial in trials:
+            begin, end = end, end + len(trial.like[number])
+            self._held[begin] = self._write(self._rows[begin:end], number, trial, self._held.get(begin))
+        self._version, self._length = self._rows._version, max(lengths)
+        return self._rows[:end]
+
+    @staticmethod
+    def _write(
+        rows: Tensor, number: int, trial: Trial[Any], held: tuple[Tensor, tuple[slice, ...] | None] | None
+    ) -> tuple[Tensor, tuple[slice, ...] | None]:
+        base, part = trial.like[number], trial.part
+        if held is None or held[0] is not base:
+            rows.copy_(base)
+        elif held[1] is not None:
+            rows[held[1]] = base[held[1]]
+        if not isinstance(part, Patched) or part.source != number:
+            return base, None
+        rows[part.place] = part.patch
+        return base, part.place
 
 
 Asking = Generator[list[Trial[Any]], list[Gradient], Returned]
@@ -102,7 +182,7 @@ class Joined(ABC, Generic[Result]):
         self._is_checked = False
         self._takes_two = True
         self._known: tuple[Trial[Any], Result] | None = None
-        self._kept: dict[int, Tensor] = {}
+        self._rows: dict[int, _Rows] = {}
 
     def __call__(
         self, trials: Iterable[Trial[Key]], *, goes_on: bool = False
@@ -211,8 +291,9 @@ class Joined(ABC, Generic[Result]):
 
     def _copies(self, trial: Trial[Any]) -> int:
         """Return how often a trial is in a batch of its own: twice, if it is a volume for which that is quicker."""
-        first = trial.part[0]
+        first = trial.like[0]
         is_volume = first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and not first.is_cuda
+        is_volume = is_volume and _CHANNELS * first.shape[2] * first.shape[3] <= 20480
         is_small = 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
         return 2 if self._takes_two and is_volume and is_small else 1
 
@@ -255,24 +336,19 @@ class Joined(ABC, Generic[Result]):
 
     def _batch(self, trials: Sequence[Trial[Any]]) -> tuple[Tensors, Tensors]:
         """Return the inputs and the further arguments of all trials in one."""
-        columns = zip(*((*trial.part, *trial.term.selection()) for trial in trials), strict=True)
+        terms = {id(trial.term): trial.term for trial in trials}
+        selections = {key: term.selection() for key, term in terms.items()}
         with torch.no_grad():
-            batch = tuple(self._join(number, rows) for number, rows in enumerate(columns))
-        n_inputs = len(trials[0].part)
-        return batch[:n_inputs], batch[n_inputs:]
+            inputs = tuple(self._join(number, trials) for number in range(len(trials[0].part)))
+            columns = zip(*(selections[id(trial.term)] for trial in trials), strict=True)
+            return inputs, tuple(_in_one(rows) for rows in columns)
 
-    def _join(self, number: int, rows: tuple[Tensor, ...]) -> Tensor:
-        """Return an argument of all trials, in memory that is kept: new memory costs more than the copy."""
-        count, kept = sum(map(len, rows)), self._kept.get(number)
-        if (
-            kept is None
-            or len(kept) < count
-            or kept.shape[1:] != rows[0].shape[1:]
-            or (kept.dtype, kept.device) != (rows[0].dtype, rows[0].device)
-        ):
-            kept = self._kept[number] = torch.cat(rows)
-            return kept
-        return torch.cat(rows, out=kept[:count])
+    def _join(self, number: int, trials: Sequence[Trial[Any]]) -> Tensor:
+        """Return one input of all trials."""
+        like, count = trials[0].like[number], sum(len(trial.like[number]) for trial in trials)
+        if number not in self._rows or not self._rows[number].holds(like, count):
+            self._rows[number] = _Rows(like, count)
+        return self._rows[number].of(number, trials)
 
 
 class JoinedScores(Joined[Tensor]):
@@ -311,7 +387,9 @@ class JoinedGradients(Joined[Gradient]):
 
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
         first = trials[0]
-        inputs, selection = self._batch(trials) if len(trials) > 1 else (first.part, first.term.selection())
+        inputs, selection = (
+            self._batch(trials) if len(trials) > 1 else (tuple(first.part), first.term.selection())
+        )
         scores, leaves = self._trace(first.term, inputs, selection)
         sizes = [len(trial.part[0]) for trial in trials]
         columns = zip(*(g.split(sizes) for g in pull_back(scores, leaves)), strict=True)
@@ -377,12 +455,19 @@ class JoinedGradients(Joined[Gradient]):
                     yield end.value
 
 
-def _varies(part: Tensors) -> bool:
+def _in_one(rows: Sequence[Tensor]) -> Tensor:
+    """Return an argument of all trials in one."""
+    if len(rows[0]) == 1 and all(row is rows[0] for row in rows):
+        return rows[0].expand(len(rows), *rows[0].shape[1:])
+    return torch.cat(list(rows))
+
+
+def _varies(part: Sequence[Tensor]) -> bool:
     """Tell whether some input of a part is not constant."""
     return any(bool(x.amin() != x.amax()) for x in part)
 
 
-def _differ(one: Tensors, other: Tensors) -> bool:
+def _differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Tell whether two parts differ."""
     return not all(map(torch.equal, one, other))
 

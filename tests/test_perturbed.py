@@ -211,6 +211,30 @@ def test_errors_of_the_network_are_not_taken_for_memory():
         explain(FeatureAblation(BLOCKS, Constant(0.0)), Broken(), random_image(1, 2, 16, 16), inferer=None)
 
 
+@pytest.mark.parametrize("method", [FeatureAblation(BLOCKS), Occlusion((2, 5, 7), stride=(1, 3, 4))], ids=str)
+@pytest.mark.parametrize("inferer", [None, INFERER], ids=["whole", "windows"])
+def test_a_network_that_works_in_its_input_spoils_no_later_piece(method, inferer):
+    """Rows of a batch are written in the place alone where the next piece differs."""
+
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small_unet()
+
+        def forward(self, x):
+            return self.body(x.mul_(0.5).add_(1.0))
+
+    class OutOfPlace(InPlace):
+        def forward(self, x):
+            return self.body(x * 0.5 + 1.0)
+
+    x = random_image(2, 2, 32, 24)
+    spoiled, whole = (
+        explain(method, n.requires_grad_(False), x, inferer=inferer) for n in (InPlace(), OutOfPlace())
+    )
+    torch.testing.assert_close(spoiled.attributions["image"], whole.attributions["image"], rtol=0, atol=1e-12)
+
+
 def test_a_network_that_reads_the_first_of_a_batch_gets_one_at_a_time():
     class Scaled(nn.Module):
         def forward(self, image, age):

@@ -20,7 +20,7 @@ from monai_xai.attributors.base import Attribution, BaselineAttributor, average
 from monai_xai.baselines import Baseline, BaselineLike, Blur
 from monai_xai.features import Channels, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, guard
-from monai_xai.joined import Trial
+from monai_xai.joined import Patched, Trial
 from monai_xai.perturbed import CachedScore, PerturbedScores
 from monai_xai.terms import Tensors, Term, WholeTerm
 
@@ -274,11 +274,8 @@ def outer(sides: Sequence[Tensor]) -> Tensor:
     return reduce(torch.logical_and, shaped)
 
 
-def _replace(inputs: Tensors, baselines: Tensors, piece: Piece) -> Tensors:
+def _replace(inputs: Tensors, baselines: Tensors, piece: Piece) -> Patched:
     """Return the inputs with the baseline in place of a piece."""
-    x, b = inputs[piece.source], baselines[piece.source]
-    replaced, place = x.clone(), (slice(None), *piece.box)
-    replaced[place] = (
-        b[place] if piece.mask is None else torch.where(piece.mask.to(x.device), b[place], x[place])
-    )
-    return (*inputs[: piece.source], replaced, *inputs[piece.source + 1 :])
+    x, b, place = inputs[piece.source], baselines[piece.source], (slice(None), *piece.box)
+    patch = b[place] if piece.mask is None else torch.where(piece.mask.to(x.device), b[place], x[place])
+    return Patched(inputs, piece.source, place, patch)
