@@ -17,7 +17,7 @@ from monai.networks.nets import DenseNet121
 from monai.visualize import OcclusionSensitivity
 from torch import Tensor, nn
 
-from benchmarks.cases import image, tiny_unet, warm_up
+from benchmarks.cases import image, segresnet, tiny_unet, warm_up
 from benchmarks.gallery import read_case, train
 from benchmarks.results import Block, Table
 from monai_xai import (
@@ -103,9 +103,17 @@ def cost_of_one(network: nn.Module, part: Tensor) -> float:
     return min(costs)
 
 
-def occlude(size: int, region: Box, name: str, *, block: int = BLOCK, other: bool = True) -> Row:
+def occlude(
+    size: int,
+    region: Box,
+    name: str,
+    *,
+    block: int = BLOCK,
+    other: bool = True,
+    make: Callable[[], nn.Module] = tiny_unet,
+) -> Row:
     """Occlude a volume of 4 channels in blocks through windows, as Captum does over the whole inference."""
-    network, x = tiny_unet(), image(size)
+    network, x = make(), image(size)
     calls, box = Calls(network), (4, block, block, block)
     explainer = Explainer(
         RegionScore(1, region),
@@ -295,15 +303,15 @@ def scaling() -> Iterator[Block]:
 
     The floor is the number of window evaluations that must be done times the measured cost of one. Windows of 64³.
     """
-    shapes = [(size, end, BLOCK) for size in (64, 96, 128, 192) for end in (16, 48)]
-    shapes += [(128, 16, block) for block in (32, 8)]
+    shapes = [(tiny_unet, size, end, BLOCK) for size in (64, 96, 128, 192) for end in (16, 48)]
+    shapes += [(tiny_unet, 128, 16, block) for block in (32, 8)]
+    shapes += [(segresnet, size, 16, BLOCK) for size in (128, 192)]
     rows = []
-    for size, end, block in shapes:
-        row = occlude(size, Box((0, 0, 0), (end,) * 3), "", block=block, other=False)
-        rows.append(
-            (f"{size}³", f"{end}³", (size // block) ** 3, int(row.evaluations[0]), row.seconds[0], row.floor)
-        )
-    yield Table(["volume", "region", "blocks", "window evaluations", "seconds", "x floor"], rows)
+    for make, size, end, block in shapes:
+        row = occlude(size, Box((0, 0, 0), (end,) * 3), "", block=block, other=False, make=make)
+        setting = (make.__name__.replace("_", " "), f"{size}³", f"{end}³", (size // block) ** 3)
+        rows.append((*setting, int(row.evaluations[0]), row.seconds[0], row.floor))
+    yield Table(["network", "volume", "region", "blocks", "window evaluations", "seconds", "x floor"], rows)
 
 
 def occlusion() -> Iterator[Block]:
