@@ -227,7 +227,7 @@ class Joined(ABC, Generic[Result]):
         """Return how many bytes a batch may take, of which one part needs some."""
         if self._memory_gib is not None:
             return self._memory_gib * GIB
-        device = trial.part[0].device
+        device = trial.like[0].device
         return OF_GPU * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ON_CPU * GIB
 
     def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
@@ -361,7 +361,7 @@ class JoinedScores(Joined[Tensor]):
         inputs, selection = self._batch(trials)
         with torch.no_grad():
             scores: Tensor = first.term.function(*inputs, *selection)
-        return list(scores.clone().split([len(trial.part[0]) for trial in trials]))
+        return list(scores.clone().split([len(trial.like[0]) for trial in trials]))
 
     @staticmethod
     def _agree(one: Tensor, other: Tensor) -> bool:
@@ -391,7 +391,7 @@ class JoinedGradients(Joined[Gradient]):
             self._batch(trials) if len(trials) > 1 else (tuple(first.part), first.term.selection())
         )
         scores, leaves = self._trace(first.term, inputs, selection)
-        sizes = [len(trial.part[0]) for trial in trials]
+        sizes = [len(trial.like[0]) for trial in trials]
         columns = zip(*(g.split(sizes) for g in pull_back(scores, leaves)), strict=True)
         return list(zip(scores.detach().split(sizes), columns, strict=True))
 
