@@ -54,8 +54,9 @@ def keep(name: str, about: str, blocks: Iterable[Block]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found = [block._asdict() if isinstance(block, Table) else block for block in blocks]
     results[name] = {"about": about, "date": str(date.today()), **_here(), "found": found}
-    write_whole(RESULTS, as_json(results))
-    write_whole(PAGE, as_page(results))
+    kept = as_json(results)
+    write_whole(RESULTS, kept)
+    write_whole(PAGE, as_page(json.loads(kept)))
 
 
 def as_page(results: Mapping[str, Any]) -> str:

@@ -380,6 +380,7 @@ def compare(
             f"compare() needs two explainers or more and a case, got {len(explainers)} and {len(cases)}."
         )
     chosen = {**(default_criteria() if criteria is None else criteria), **_COSTS}
+    explainers = {name: replace(explainer, spread=False) for name, explainer in explainers.items()}
     names, ids = list(explainers), [case.id for case in cases]
     values = {name: np.full((len(names), len(ids)), math.nan) for name in chosen}
     reasons: dict[tuple[str, str, str], str] = {}
@@ -409,17 +410,16 @@ def _judge_all(
     within: Tensor | None,
 ) -> dict[str, Scores]:
     """Explain a case once, and return every score of its explanation."""
-    alone = replace(explainer, spread=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompletenessWarning)  # the gap is a criterion of its own
         try:
             with PeakMemory(device_of(network)) as peak:
-                explanation = alone(network, case.inputs, case.label)
+                explanation = explainer(network, case.inputs, case.label)
         except XaiError as error:
             return dict.fromkeys(criteria, _undefined(str(error)))
         if not isinstance(explanation, Explanation):
             raise InputError("compare() needs explainers of one target each.")
-        judged = Judged(alone, network, case, explanation, region, within, peak.gib)
+        judged = Judged(explainer, network, case, explanation, region, within, peak.gib)
         return {name: _judge(criterion, judged) for name, criterion in criteria.items()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
 from monai_xai.forward import Scoring, guard
-from monai_xai.ranks import Crew, in_step, meet, world_size
+from monai_xai.ranks import Crew, agree, in_step, meet, world_size
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 from monai_xai.terms import count_not_finite
@@ -136,22 +138,24 @@ class Explainer:
         self, network: nn.Module, inputs: Inputs, *, label: Label = None, prediction: Any = None
     ) -> dict[str, Explanation]:
         """Explain a batch as :meth:`__call__` does, and return explanations by target name ("" for a single one)."""
-        clock = Clock.of(self.max_seconds)
-        with self._together(inputs), open_task(self, network, inputs, label, prediction) as task:
-            targets = task.targets()
-            return {
-                name: self._explain(task, target, part.anew())
-                for (name, target), part in zip(targets.items(), clock.split(len(targets)), strict=True)
-            }
+        with self._together(inputs):
+            clock = Clock.of(self.max_seconds)
+            with open_task(self, network, inputs, label, prediction) as task:
+                targets = task.targets()
+                return {
+                    name: self._explain(task, target, part.anew())
+                    for (name, target), part in zip(targets.items(), clock.split(len(targets)), strict=True)
+                }
 
     def _together(self, inputs: Inputs) -> AbstractContextManager[None]:
         """Explain in step with the processes that share the windows, if any do."""
         if not self.spread or world_size() == 1:
             return nullcontext()
-        values = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
-        norms = [float(torch.linalg.vector_norm(x.detach().double())) for x in values]
+        given = list(inputs.values()) if isinstance(inputs, Mapping) else [inputs]
+        values = [x for x in given if isinstance(x, Tensor)]
         shapes = ", ".join(str(tuple(x.shape)) for x in values)
-        return in_step(f"{self.attributor} of {self.target} on inputs of shape {shapes}", norms)
+        asked = re.sub(r" at 0x[0-9a-f]+", "", f"{self.attributor} of {self.target}")
+        return in_step(f"{asked} on inputs of shape {shapes}", [n for x in values for n in _numbers(x)])
 
     def _explain(self, task: Task, target: Target, clock: Clock) -> Explanation:
         start = time.perf_counter()
@@ -202,7 +206,10 @@ class Explainer:
     def _run(self, attributor: Attributor, scoring: Scoring) -> Attribution:
         """Return what a method gives, from this process or from all that share the work."""
         crew = Crew.among(len(scoring.terms))
-        if not self.spread or crew.size == 1 or not attributor.spreads or len(scoring.terms) < crew.size:
+        if not self.spread or crew.size == 1 or not attributor.spreads:
+            return attributor.attribute(scoring)
+        agree(f"windows {_digest(scoring)}")
+        if len(scoring.terms) < crew.size:
             return attributor.attribute(scoring)
         found = attributor.attribute(replace(scoring, terms=crew.own(scoring.terms), crew=crew))
         met = meet("facts", (dict(found.facts), crew.share, scoring.clock.is_cut))
@@ -314,6 +321,19 @@ def _delta(attribution: Attribution) -> Tensor:
     assert attribution.baseline_score is not None
     sums = [values.flatten(1).sum(1) for values in attribution.maps.values()]
     return sum(sums[1:], sums[0]) - (attribution.score - attribution.baseline_score)
+
+
+def _numbers(x: Tensor) -> list[float]:
+    """Return numbers by which an input is known again: standardized ones are told apart by the second."""
+    sizes = x.detach().double().abs().flatten()
+    places = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device) / max(len(sizes), 1)
+    return [float(sizes.sum()), float(sizes @ places)]
+
+
+def _digest(scoring: Scoring) -> str:
+    """Return what tells the windows of a score from those of another: how many, and where they lie."""
+    places = [(getattr(term, "sample", 0), getattr(term, "place", ())) for term in scoring.terms]
+    return f"{len(places)}, {hashlib.sha256(repr(places).encode()).hexdigest()[:8]}"
 
 
 def _features(attributor: Attributor) -> Features | None:

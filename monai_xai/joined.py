@@ -7,6 +7,7 @@ whichever window or perturbation they come from.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ GRAPH = 32
 """How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
 
 _FEW = 3
+_SLOW_UP_TO = 20480  # channels times slices times rows of a volume alone, see Joined
 _CHANNELS = 8  # that a network has about, at least, where its features are as large as its input
 
 AHEAD = 3
@@ -105,6 +107,9 @@ class _Rows:
 
     def __init__(self, like: Tensor, count: int) -> None:
         self._rows = like.new_empty((count, *like.shape[1:]))
+        self._is_kept: bool | None = (
+            None  # whether a row is found again as it was written; None: not looked at yet
+        )
         self._held: dict[int, tuple[Tensor, tuple[slice, ...] | None]] = {}
         self._version = self._rows._version
         self._length = 0  # of the rows of one trial
@@ -123,19 +128,28 @@ class _Rows:
         end = 0
         for trial in trials:
             begin, end = end, end + len(trial.like[number])
-            self._held[begin] = self._write(self._rows[begin:end], number, trial, self._held.get(begin))
+            held = self._write(self._rows[begin:end], number, trial, self._held.pop(begin, None))
+            if isinstance(trial.part, Patched):  # nothing else comes again
+                self._held[begin] = held
         self._version, self._length = self._rows._version, max(lengths)
         return self._rows[:end]
 
-    @staticmethod
     def _write(
-        rows: Tensor, number: int, trial: Trial[Any], held: tuple[Tensor, tuple[slice, ...] | None] | None
+        self,
+        rows: Tensor,
+        number: int,
+        trial: Trial[Any],
+        held: tuple[Tensor, tuple[slice, ...] | None] | None,
     ) -> tuple[Tensor, tuple[slice, ...] | None]:
         base, part = trial.like[number], trial.part
-        if held is None or held[0] is not base:
+        if held is not None and held[0] is base and self._is_kept is not False:
+            if held[1] is not None:
+                rows[held[1]] = base[held[1]]
+            if self._is_kept is None:  # a network may work in its input behind PyTorch's back, in `.data`
+                self._is_kept = torch.equal(rows, base)
+                rows.copy_(base)
+        else:
             rows.copy_(base)
-        elif held[1] is not None:
-            rows[held[1]] = base[held[1]]
         if not isinstance(part, Patched) or part.source != number:
             return base, None
         rows[part.place] = part.patch
@@ -170,6 +184,8 @@ class Joined(ABC, Generic[Result]):
         at_work: the trials that are in the network, also after an error in it.
     """
 
+    _has_no_graph: ClassVar[bool] = False
+    """Whether parts need little memory, so that volumes always go in pairs, which is quicker."""
     _measures_one: ClassVar[bool] = False
     """Whether a trial that comes alone is measured, for which no batch is made."""
 
@@ -215,12 +231,15 @@ class Joined(ABC, Generic[Result]):
         trial = waiting[0]
         with LiveTensors() as live:
             result = self._alone(trial)
-        needed = live.peak // self._copies(trial) + trial.nbytes
+        copies = self._copies(trial)
+        needed = live.peak // copies + trial.nbytes
         self._bytes = self._room(trial, needed)
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
-        if self._copies(trial) == 1:
+        if self._has_no_graph and self._memory_gib is None and _is_slow_alone(trial):
+            self._size = max(self._size, 2)
+        if copies == 1:
             yield waiting.pop(0).key, result
-        else:
+        elif self._size > 2:
             self._known = trial, result  # what it is held against, once it has been in a batch with others
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
@@ -238,6 +257,7 @@ class Joined(ABC, Generic[Result]):
         """Return what the last trials give: where they are few, a look at their batch costs more than it saves."""
         if self._is_checked or len(trials) > _FEW:
             return self._together(trials)
+        self._known = None
         return [result for trial in trials for result in self._call([trial])]
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
@@ -291,11 +311,11 @@ class Joined(ABC, Generic[Result]):
 
     def _copies(self, trial: Trial[Any]) -> int:
         """Return how often a trial is in a batch of its own: twice, if it is a volume for which that is quicker."""
-        first = trial.like[0]
-        is_volume = first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and not first.is_cuda
-        is_volume = is_volume and _CHANNELS * first.shape[2] * first.shape[3] <= 20480
-        is_small = 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
-        return 2 if self._takes_two and is_volume and is_small else 1
+        features = _CHANNELS * math.prod(trial.like[0].shape[2:4])
+        is_small = self._memory_gib is None and 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
+        is_quicker = is_small and _is_slow_alone(trial) and features <= _SLOW_UP_TO
+        # Of batches of two, a batch of two would not tell what depends on their size.
+        return 2 if self._takes_two and is_quicker and self._size != 2 else 1
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""
@@ -303,7 +323,7 @@ class Joined(ABC, Generic[Result]):
     def _in_batches(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what each trial gives; where memory does not hold a batch, from smaller ones."""
         while True:
-            size = min(self._size, len(trials))
+            size = max(1, min(self._size, len(trials)))
             try:
                 batches = (trials[start : start + size] for start in range(0, len(trials), size))
                 return [result for batch in batches for result in self._call(batch)]
@@ -354,6 +374,8 @@ class Joined(ABC, Generic[Result]):
 class JoinedScores(Joined[Tensor]):
     """The scores of trials, each of shape (n,), without a graph."""
 
+    _has_no_graph = True
+
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Tensor]:
         first = trials[0]
         if len(trials) == 1:
@@ -398,9 +420,9 @@ class JoinedGradients(Joined[Gradient]):
     def _trace(self, term: Term, inputs: Tensors, selection: Tensors) -> tuple[Tensor, list[Tensor]]:
         if self._is_watched:
             return trace_inputs(term.function, inputs, selection)
-        self._is_watched = True
         with Cuts() as cuts:
             found = trace_inputs(term.function, inputs, selection)
+        self._is_watched = True
         cuts.warn(term.network)
         return found
 
@@ -453,6 +475,12 @@ class JoinedGradients(Joined[Gradient]):
                     running[number] = routine, routine.send(answer)
                 except StopIteration as end:
                     yield end.value
+
+
+def _is_slow_alone(trial: Trial[Any]) -> bool:
+    """Tell whether PyTorch has a slower convolution for a trial than for two of them, wherever features are small."""
+    first = trial.like[0]
+    return first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and first.device.type == "cpu"
 
 
 def _in_one(rows: Sequence[Tensor]) -> Tensor:

@@ -158,6 +158,21 @@ class Crew:
         return total.to(x.device)
 
 
+def agree(place: str, numbers: Sequence[float] = ()) -> None:
+    """Meet the other processes, with numbers that must be the same in all but for rounding.
+
+    Raises:
+        OtherProcessError: if another process failed on its way here.
+        OutOfStepError: if some process is elsewhere, or has other numbers; in all of them.
+    """
+    met = meet(place, list(numbers))
+    if not all(map(_alike, itertools.chain(*met), itertools.cycle(met[0]))):
+        raise OutOfStepError(
+            f"Processes that share the work on {place} have different data: {met}. All must explain the same cases "
+            "in the same order, from data that all can read."
+        )
+
+
 @contextmanager
 def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
     """Work on something together; if one process fails, so do the others, and none waits.
@@ -170,12 +185,7 @@ def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
         OtherProcessError: if another process failed.
         OutOfStepError: if another process is at something else.
     """
-    met = meet(place, list(numbers))
-    if not all(map(_alike, itertools.chain(*met), itertools.cycle(numbers))):
-        raise OutOfStepError(
-            f"Processes that share the work on {place} have different data: {met}. All must explain the same cases "
-            "in the same order, from data that all can read."
-        )
+    agree(place, numbers)
     try:
         yield
         meet(f"the end of {place}")
@@ -188,7 +198,7 @@ def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
 
 def _alike(one: float, other: float) -> bool:
     """Tell whether two numbers are the same but for rounding, or neither is one."""
-    return math.isclose(one, other, rel_tol=1e-3) or (math.isnan(one) and math.isnan(other))
+    return math.isclose(one, other, rel_tol=1e-5) or (math.isnan(one) and math.isnan(other))
 
 
 def _is_several() -> bool:

@@ -301,7 +301,7 @@ def _bounds(touched: Tensor) -> list[tuple[int, int]]:
     """Return the first and the last touched voxel along each axis; none along the others if there is none."""
     bounds = []
     for axis in range(touched.ndim):
-        along = touched.movedim(axis, 0).flatten(1).any(1).nonzero()
+        along = touched.movedim(axis, 0).reshape(touched.shape[axis], -1).any(1).nonzero()
         bounds.append((int(along[0]), int(along[-1])) if len(along) else (0, -1))
     return bounds
 

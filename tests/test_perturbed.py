@@ -214,7 +214,8 @@ def test_errors_of_the_network_are_not_taken_for_memory():
 
 @pytest.mark.parametrize("method", [FeatureAblation(BLOCKS), Occlusion((2, 5, 7), stride=(1, 3, 4))], ids=str)
 @pytest.mark.parametrize("inferer", [None, INFERER], ids=["whole", "windows"])
-def test_a_network_that_works_in_its_input_spoils_no_later_piece(method, inferer, monkeypatch):
+@pytest.mark.parametrize("behind", [False, True], ids=["in place", "in .data"])
+def test_a_network_that_works_in_its_input_spoils_no_later_piece(method, inferer, behind, monkeypatch):
     """Rows of a batch are written in the place alone where the next piece differs."""
     monkeypatch.setattr(joined, "MOST_PARTS", 2)  # many batches of one window
 
@@ -224,6 +225,7 @@ def test_a_network_that_works_in_its_input_spoils_no_later_piece(method, inferer
             self.body = small_unet()
 
         def forward(self, x):
+            x = x.data if behind else x
             return self.body(x.mul_(0.5).add_(1.0))
 
     class OutOfPlace(InPlace):

@@ -162,6 +162,19 @@ def _adaptive() -> tuple[Explanation, ...]:
     )
 
 
+def _ask_several() -> dict[str, float]:
+    targets = {"region": TARGET, "function": lambda output: output[:, 1].mean((1, 2))}
+    inferer = SlidingWindowInferer((16, 16), overlap=0.5)
+    explainer = Explainer(targets, Saliency(), inferer, progress=False, spread=True)
+    found = explainer.explain(_network(), random_image(1, 2, 48, 40))
+    return {name: float(e.attributions["image"].sum()) for name, e in found.items()}
+
+
+def test_several_targets_one_of_them_a_function_are_the_same_work_in_all_processes() -> None:
+    first, second = in_processes(2, _ask_several)
+    assert first == second
+
+
 def _ask_whole() -> dict[str, Explanation]:
     return {str(method): _ask(method, spread=True) for method in WHOLE}
 
@@ -220,7 +233,7 @@ def _stumble() -> list[str]:
     errors = []
     inferer = SlidingWindowInferer((16, 16), overlap=0.5)
     explainer = Explainer(TARGET, IntegratedGradients(4), inferer, progress=False, spread=True)
-    for image in (random_image(1, 2, 48, 40), random_image(1, 2, 48, 40) * (1 + rank())):
+    for image in (random_image(1, 2, 48, 40), random_image(1, 2, 48, 40).roll(rank(), -1)):
         try:
             explainer(Stumbling(), image)
         except AttributionError as error:

@@ -134,6 +134,15 @@ def test_windows_without_region_are_skipped_and_voxels_outside_get_zero():
     assert (attribution[:, :, :16, :32] != 0).any()
 
 
+def test_signals_have_windows_too():
+    network = torch.nn.Conv1d(2, 2, 3, padding=1).double()
+    x, inferer = random_image(1, 2, 40), SlidingWindowInferer((16,), overlap=0.5)
+    found = Explainer(RegionScore(1, Box((3,), (30,))), Saliency(), inferer, progress=False)(network, x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(inferer(leaf, network)[:, 1, 3:30].mean(), leaf)
+    torch.testing.assert_close(found.attributions["image"], expected, rtol=0, atol=1e-12)
+
+
 def test_the_network_runs_once_per_active_window_and_no_more():
     network, x = small_unet(), random_image(1, 2, 64, 64)
     calls = []

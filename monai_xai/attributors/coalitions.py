@@ -286,8 +286,9 @@ def _variance_of_mean(samples: Tensor) -> Tensor:
     return samples.var(0) / len(samples) if len(samples) > 1 else torch.full_like(samples[0], math.nan)
 
 
-_SAMPLES_PER_FEATURE = 8
-"""Coalitions for each feature that a regression draws also where there is no time: fewer leave it to chance."""
+def _least(n_samples: int, count: int) -> int:
+    """Return how many coalitions a regression draws also where there is no time: it needs more than features."""
+    return max(2 * count, min(8 * count, n_samples // 4))
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class KernelShap(SampledCoalitions):
             row = np.zeros(count, dtype=bool)
             row[generator.choice(count, size, replace=False)] = True
             rows += [row, ~row]
-        scores = self._scores(scoring, game, rows, least=_SAMPLES_PER_FEATURE * count)
+        scores = self._scores(scoring, game, rows, least=_least(self.n_samples, count))
         return torch.from_numpy(np.stack(rows[: len(scores)])).to(scores), scores
 
 
@@ -351,7 +352,7 @@ class Lime(SampledCoalitions):
         generator = np.random.default_rng(self.seed)
         rows = generator.random((self.n_samples, count)) < 0.5
         rows[0] = True
-        scores = self._scores(scoring, game, rows, least=_SAMPLES_PER_FEATURE * count)
+        scores = self._scores(scoring, game, rows, least=_least(self.n_samples, count))
         members = torch.from_numpy(rows[: len(scores)]).to(scores)
         weights = torch.exp(-((1 - members.mean(1)) ** 2) / self.kernel_width**2)[:, None]
         design = torch.cat([members, torch.ones_like(members[:, :1])], 1)
