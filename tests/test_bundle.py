@@ -455,7 +455,7 @@ def test_sequences_are_players_of_a_game_over_the_active_windows(
     settings, output = trained
     _run(["configs/inference.yaml", "configs/modalities.yaml"], **settings)
     found = json.loads((output / "modalities" / "modalities.json").read_text())["cases"]
-    for baseline in ("blur", "minimum"):
+    for baseline in ("blur", "median"):
         rows = [row for row in found if row["baseline"] == baseline]
         assert {row["modality"] for row in rows} == set(SEQUENCES)
         change = rows[0]["score"] - rows[0]["baseline_score"]
