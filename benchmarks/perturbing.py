@@ -39,6 +39,8 @@ from monai_xai.memory import PeakMemory
 from monai_xai.tasks import open_task
 
 ZERO = Constant(0.0)
+SMALL = 8
+"""Width of a block on the phantoms, whose lesions are small."""
 WINDOW, BLOCK = 64, 16
 
 
@@ -292,10 +294,6 @@ def coarse_to_fine() -> Iterator[Block]:
         f"{len(tops[0] & tops[1])} of the 10 strongest blocks are the same, with {rows[1][1] / rows[0][1]:.0%} of the "
         "evaluations."
     )
-
-
-SMALL = 8
-"""Width of a block on the phantoms, whose lesions are small."""
 
 
 def scaling() -> Iterator[Block]:

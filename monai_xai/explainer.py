@@ -332,7 +332,7 @@ def _numbers(x: Tensor) -> list[float]:
 
 def _digest(scoring: Scoring) -> str:
     """Return what tells the windows of a score from those of another: how many, and where they lie."""
-    places = [(getattr(term, "sample", 0), getattr(term, "place", ())) for term in scoring.terms]
+    places = [(term.samples, getattr(term, "place", ())) for term in scoring.terms]
     return f"{len(places)}, {hashlib.sha256(repr(places).encode()).hexdigest()[:8]}"
 
 

@@ -34,7 +34,7 @@ MOST_PARTS = 64
 GRAPH = 32
 """How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
 
-_FEW = 3
+_FEW = 3  # parts: up to here, calls alone are no more than a batch of them and two looks at it
 _SLOW_UP_TO = 20480  # channels times slices times rows of a volume alone, see Joined
 _CHANNELS = 8  # that a network has about, at least, where its features are as large as its input
 
@@ -107,9 +107,8 @@ class _Rows:
 
     def __init__(self, like: Tensor, count: int) -> None:
         self._rows = like.new_empty((count, *like.shape[1:]))
-        self._is_kept: bool | None = (
-            None  # whether a row is found again as it was written; None: not looked at yet
-        )
+        # Whether a row is found again as it was written; None: not looked at yet.
+        self._is_kept: bool | None = None
         self._held: dict[int, tuple[Tensor, tuple[slice, ...] | None]] = {}
         self._version = self._rows._version
         self._length = 0  # of the rows of one trial
@@ -147,7 +146,8 @@ class _Rows:
                 rows[held[1]] = base[held[1]]
             if self._is_kept is None:  # a network may work in its input behind PyTorch's back, in `.data`
                 self._is_kept = torch.equal(rows, base)
-                rows.copy_(base)
+                if not self._is_kept:
+                    rows.copy_(base)
         else:
             rows.copy_(base)
         if not isinstance(part, Patched) or part.source != number:
