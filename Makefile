@@ -7,7 +7,7 @@ CONSTRAINTS ?= tests/constraints.txt
 # Options for the one `pip install torch`. PyPI's torch for Linux brings gigabytes of CUDA libraries: without an NVIDIA
 # driver, PyTorch's own index of CPU builds is asked too, unless pip's settings name a place for packages already.
 NEEDS_CPU_INDEX = $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi && ! $(PYTHON) -m pip config list \
-    | grep -q find-links && echo yes)
+    | grep find-links > /dev/null && echo yes)
 TORCH_OPTIONS ?= $(if $(NEEDS_CPU_INDEX),--extra-index-url https://download.pytorch.org/whl/cpu)
 # Options for pytest: make test PYTEST_OPTIONS="-k windows"
 PYTEST_OPTIONS ?=
