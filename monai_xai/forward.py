@@ -23,10 +23,11 @@ from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.calls import EmbeddedInput
 from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, XaiError
-from monai_xai.joined import Asking, JoinedGradients, JoinedScores, Trial
+from monai_xai.joined import Asking, JoinedGradients, JoinedScores
 from monai_xai.networks import evaluate, refuse_quantized
 from monai_xai.ranks import Crew
 from monai_xai.terms import Tensors, Term
+from monai_xai.trials import Trial
 
 T = TypeVar("T")
 

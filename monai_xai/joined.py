@@ -11,16 +11,15 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from monai_xai.memory import GIB, LiveTensors
 from monai_xai.terms import Cuts, Tensors, Term, pull_back, trace_inputs
+from monai_xai.trials import Batches, Key, Trial
 
-Key = TypeVar("Key")
 Result = TypeVar("Result")
 Returned = TypeVar("Returned")
 Gradient = tuple[Tensor, Tensors]
@@ -40,120 +39,6 @@ _CHANNELS = 8  # that a network has about, at least, where its features are as l
 
 AHEAD = 3
 """How far computations that run side by side may be apart."""
-
-
-@dataclass(frozen=True, eq=False)
-class Patched(Sequence[Tensor]):
-    """What a term sees of inputs that differ from others in one place: made only where it is wanted as a whole.
-
-    Args:
-        base: the others.
-        source: which input differs.
-        place: where, an index.
-        patch: what is there.
-    """
-
-    base: Tensors
-    source: int
-    place: tuple[slice, ...]
-    patch: Tensor
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def __getitem__(self, number: Any) -> Any:
-        x = self.base[number]
-        if number != self.source:
-            return x
-        x = x.clone()
-        x[self.place] = self.patch
-        return x
-
-
-class Trial(NamedTuple, Generic[Key]):
-    """A part of inputs that is to go through the network.
-
-    Args:
-        key: what it is to whoever asks.
-        term: whose part it is.
-        part: what the term sees.
-    """
-
-    key: Key
-    term: Term
-    part: Sequence[Tensor]
-
-    @property
-    def like(self) -> Sequence[Tensor]:
-        """Tensors of the shapes of the part, which are there already."""
-        return self.part.base if isinstance(self.part, Patched) else self.part
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the part."""
-        return sum(x.nbytes for x in self.like)
-
-    def fits(self, other: Trial[Any]) -> bool:
-        """Tell whether one call can take both."""
-        shapes = ([(x.shape[1:], x.dtype, x.device) for x in trial.like] for trial in (self, other))
-        return self.term.function is other.term.function and next(shapes) == next(shapes)
-
-
-class _Rows:
-    """One input of all trials of a batch, in memory that is kept: new memory costs more than to write it.
-
-    A row that holds what a trial differs from in one place is written in that place alone.
-    """
-
-    def __init__(self, like: Tensor, count: int) -> None:
-        self._rows = like.new_empty((count, *like.shape[1:]))
-        # Whether a row is found again as it was written; None: not looked at yet.
-        self._is_kept: bool | None = None
-        self._held: dict[int, tuple[Tensor, tuple[slice, ...] | None]] = {}
-        self._version = self._rows._version
-        self._length = 0  # of the rows of one trial
-
-    def holds(self, like: Tensor, count: int) -> bool:
-        """Tell whether so many rows like this fit."""
-        rows = self._rows
-        alike = rows.shape[1:] == like.shape[1:] and (rows.dtype, rows.device) == (like.dtype, like.device)
-        return alike and len(rows) >= count
-
-    def of(self, number: int, trials: Sequence[Trial[Any]]) -> Tensor:
-        """Return the input of that number of all trials."""
-        lengths = {len(trial.like[number]) for trial in trials}
-        if self._rows._version != self._version or lengths != {self._length}:
-            self._held.clear()  # the network works in place, or rows lie elsewhere
-        end = 0
-        for trial in trials:
-            begin, end = end, end + len(trial.like[number])
-            held = self._write(self._rows[begin:end], number, trial, self._held.pop(begin, None))
-            if isinstance(trial.part, Patched):  # nothing else comes again
-                self._held[begin] = held
-        self._version, self._length = self._rows._version, max(lengths)
-        return self._rows[:end]
-
-    def _write(
-        self,
-        rows: Tensor,
-        number: int,
-        trial: Trial[Any],
-        held: tuple[Tensor, tuple[slice, ...] | None] | None,
-    ) -> tuple[Tensor, tuple[slice, ...] | None]:
-        base, part = trial.like[number], trial.part
-        if held is not None and held[0] is base and self._is_kept is not False:
-            if held[1] is not None:
-                rows[held[1]] = base[held[1]]
-            if self._is_kept is None:  # a network may work in its input behind PyTorch's back, in `.data`
-                self._is_kept = torch.equal(rows, base)
-                if not self._is_kept:
-                    rows.copy_(base)
-        else:
-            rows.copy_(base)
-        if not isinstance(part, Patched) or part.source != number:
-            return base, None
-        rows[part.place] = part.patch
-        return base, part.place
 
 
 Asking = Generator[list[Trial[Any]], list[Gradient], Returned]
@@ -198,7 +83,7 @@ class Joined(ABC, Generic[Result]):
         self._is_checked = False
         self._takes_two = True
         self._known: tuple[Trial[Any], Result] | None = None
-        self._rows: dict[int, _Rows] = {}
+        self._batches = Batches()
 
     def __call__(
         self, trials: Iterable[Trial[Key]], *, goes_on: bool = False
@@ -291,13 +176,13 @@ class Joined(ABC, Generic[Result]):
 
     def _probes(self, trials: Sequence[Trial[Any]]) -> list[int]:
         """Return the numbers of two trials that show whether the parts of a batch influence each other, or of one."""
-        varied = [number for number, trial in enumerate(trials) if _varies(trial.part)]
+        varied = [number for number, trial in enumerate(trials) if trial.varies]
         if not varied:
             return [len(trials) - 1]
         first, rest = varied[-1], varied[:-1]
         if self._known and self._known[0] is trials[varied[0]]:
             first, rest = varied[0], varied[:0:-1]  # known already, and the others from the last on
-        differing = (number for number in rest if _differ(trials[number].part, trials[first].part))
+        differing = (number for number in rest if trials[number].differs(trials[first]))
         return [first, *itertools.islice(differing, 1)]
 
     def _alone(self, trial: Trial[Any]) -> Result:
@@ -354,22 +239,6 @@ class Joined(ABC, Generic[Result]):
     def _agree(one: Result, other: Result) -> bool:
         """Tell whether two results are the same but for rounding."""
 
-    def _batch(self, trials: Sequence[Trial[Any]]) -> tuple[Tensors, Tensors]:
-        """Return the inputs and the further arguments of all trials in one."""
-        terms = {id(trial.term): trial.term for trial in trials}
-        selections = {key: term.selection() for key, term in terms.items()}
-        with torch.no_grad():
-            inputs = tuple(self._join(number, trials) for number in range(len(trials[0].part)))
-            columns = zip(*(selections[id(trial.term)] for trial in trials), strict=True)
-            return inputs, tuple(_in_one(rows) for rows in columns)
-
-    def _join(self, number: int, trials: Sequence[Trial[Any]]) -> Tensor:
-        """Return one input of all trials."""
-        like, count = trials[0].like[number], sum(len(trial.like[number]) for trial in trials)
-        if number not in self._rows or not self._rows[number].holds(like, count):
-            self._rows[number] = _Rows(like, count)
-        return self._rows[number].of(number, trials)
-
 
 class JoinedScores(Joined[Tensor]):
     """The scores of trials, each of shape (n,), without a graph."""
@@ -380,7 +249,7 @@ class JoinedScores(Joined[Tensor]):
         first = trials[0]
         if len(trials) == 1:
             return [first.term(first.part)]
-        inputs, selection = self._batch(trials)
+        inputs, selection = self._batches.of(trials)
         with torch.no_grad():
             scores: Tensor = first.term.function(*inputs, *selection)
         return list(scores.clone().split([len(trial.like[0]) for trial in trials]))
@@ -410,7 +279,7 @@ class JoinedGradients(Joined[Gradient]):
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Gradient]:
         first = trials[0]
         inputs, selection = (
-            self._batch(trials) if len(trials) > 1 else (tuple(first.part), first.term.selection())
+            self._batches.of(trials) if len(trials) > 1 else (tuple(first.part), first.term.selection())
         )
         scores, leaves = self._trace(first.term, inputs, selection)
         sizes = [len(trial.like[0]) for trial in trials]
@@ -481,23 +350,6 @@ def _is_slow_alone(trial: Trial[Any]) -> bool:
     """Tell whether PyTorch has a slower convolution for a trial than for two of them, wherever features are small."""
     first = trial.like[0]
     return first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and first.device.type == "cpu"
-
-
-def _in_one(rows: Sequence[Tensor]) -> Tensor:
-    """Return an argument of all trials in one."""
-    if len(rows[0]) == 1 and all(row is rows[0] for row in rows):
-        return rows[0].expand(len(rows), *rows[0].shape[1:])
-    return torch.cat(list(rows))
-
-
-def _varies(part: Sequence[Tensor]) -> bool:
-    """Tell whether some input of a part is not constant."""
-    return any(bool(x.amin() != x.amax()) for x in part)
-
-
-def _differ(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Tell whether two parts differ."""
-    return not all(map(torch.equal, one, other))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -90,14 +90,21 @@ class LiveTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._held = 0  # bytes of these, of which some may be gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in _strided((args, kwargs))}
         for x in _strided(results):
             if (storage := x.untyped_storage())._cdata not in given:
-                reference = StorageWeakRef(storage)
-                self._alive[reference.cdata] = reference, storage.nbytes()
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+                self._note(StorageWeakRef(storage), storage.nbytes())
+        if self._held > self.peak:  # else those that are gone would not change the peak
+            self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+            self._held = sum(size for _, size in self._alive.values())
+            self.peak = max(self.peak, self._held)
         return results
+
+    def _note(self, reference: StorageWeakRef, size: int) -> None:
+        _, before = self._alive.get(reference.cdata, (None, 0))
+        self._alive[reference.cdata] = reference, size
+        self._held += size - before

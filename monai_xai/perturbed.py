@@ -11,9 +11,10 @@ from torch import Tensor
 
 from monai_xai.errors import AttributionError, UnsupportedNetworkError
 from monai_xai.forward import Scoring
-from monai_xai.joined import JoinedScores, Key, Trial
+from monai_xai.joined import JoinedScores
 from monai_xai.memory import GIB
 from monai_xai.terms import Tensors, Term
+from monai_xai.trials import Key, Trial
 
 
 class PerturbedScores(JoinedScores):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import ClassVar, Literal
@@ -202,6 +202,12 @@ class Box(Region):
     end: Sequence[int]
     needs: ClassVar[Needs] = Needs.GRID
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.start, Iterable) and isinstance(self.end, Iterable)):
+            raise InputError(
+                f"{self} needs a number for each axis, such as Box((0, 0, 0), (64, 64, 64))."
+            )
+
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]
         corners = list(zip(self.start, self.end, strict=False))
@@ -221,6 +227,10 @@ class Voxel(Region):
 
     index: Sequence[int]
     needs: ClassVar[Needs] = Needs.GRID
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.index, Iterable):
+            raise InputError(f"{self} needs a number for each axis, such as Voxel((32, 32, 32)).")
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]

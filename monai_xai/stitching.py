@@ -16,10 +16,11 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from monai_xai.forward import with_progress
-from monai_xai.joined import JoinedGradients, Trial
+from monai_xai.joined import JoinedGradients
 from monai_xai.memory import GIB
 from monai_xai.targets import pick_head
 from monai_xai.terms import ScoreFunction, Tensors, Term, WholeTerm
+from monai_xai.trials import Trial
 from monai_xai.windows import (
     Place,
     Windows,

@@ -23,10 +23,11 @@ from monai_xai import (
 )
 from monai_xai.calls import CalledNetwork
 from monai_xai.forward import Scoring
-from monai_xai.joined import JoinedScores, OutOfMemoryWarning, Trial
+from monai_xai.joined import JoinedScores, OutOfMemoryWarning
 from monai_xai.memory import LiveTensors
 from monai_xai.perturbed import CachedScore
 from monai_xai.terms import ScoreFunction, WholeTerm
+from monai_xai.trials import Trial
 
 INFERER = SlidingWindowInferer((16, 16), overlap=0.5)
 METHODS = {

@@ -117,6 +117,12 @@ def test_outputs_and_regions_that_do_not_fit_are_named(target, output, message):
         select_and_score(target, output)
 
 
+@pytest.mark.parametrize("make", [lambda: Box((0, 0), 9), lambda: Box(0, (9, 9)), lambda: Voxel(3)])
+def test_a_single_number_is_no_place(make):
+    with pytest.raises(InputError, match="needs a number for each axis, such as"):
+        make()
+
+
 def test_an_empty_region_names_its_sample():
     logits = LOGITS.clone()
     logits[1, 1] = -100

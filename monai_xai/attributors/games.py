@@ -19,9 +19,9 @@ from torch import Tensor
 from monai_xai.attributors.perturbation import see_features
 from monai_xai.errors import AttributionError
 from monai_xai.forward import Scoring
-from monai_xai.joined import Trial
 from monai_xai.perturbed import PerturbedScores
 from monai_xai.terms import Tensors, Term
+from monai_xai.trials import Trial
 
 
 class Value(ABC):

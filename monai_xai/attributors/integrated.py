@@ -18,8 +18,9 @@ from monai_xai.clock import Clock
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
-from monai_xai.joined import AHEAD, Asking, JoinedGradients, Trial
+from monai_xai.joined import AHEAD, Asking, JoinedGradients
 from monai_xai.terms import Tensors, Term
+from monai_xai.trials import Trial
 
 _DEFAULT_TOLERANCE = 0.01
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together

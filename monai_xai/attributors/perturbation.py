@@ -20,9 +20,9 @@ from monai_xai.attributors.base import Attribution, BaselineAttributor, average
 from monai_xai.baselines import Baseline, BaselineLike, Blur
 from monai_xai.features import Channels, FeaturesLike, as_features, feature_masks
 from monai_xai.forward import Scoring, guard
-from monai_xai.joined import Patched, Trial
 from monai_xai.perturbed import CachedScore, PerturbedScores
 from monai_xai.terms import Tensors, Term, WholeTerm
+from monai_xai.trials import Patched, Trial
 
 
 class Piece(NamedTuple):
