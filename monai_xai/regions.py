@@ -204,9 +204,7 @@ class Box(Region):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.start, Iterable) and isinstance(self.end, Iterable)):
-            raise InputError(
-                f"{self} needs a number for each axis, such as Box((0, 0, 0), (64, 64, 64))."
-            )
+            raise InputError(f"{self} needs a number for each axis, such as Box((0, 0, 0), (64, 64, 64)).")
 
     def mask(self, output: Tensor, label: Tensor | None, channel: int) -> Tensor:
         spatial = output.shape[2:]
