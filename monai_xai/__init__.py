@@ -132,7 +132,13 @@ from monai_xai.targets import (
 )
 from monai_xai.tensorboard import TensorBoardAttributionHandler
 from monai_xai.terms import SeveredGradientWarning
-from monai_xai.transforms import AtomicNibabelWriter, Explain, Explaind, FlattenAttributionsd
+from monai_xai.transforms import (
+    AtomicNibabelWriter,
+    Explain,
+    Explaind,
+    FlattenAttributionsd,
+    UnsavedMapWarning,
+)
 
 __version__ = "0.1.0"
 
@@ -270,6 +276,7 @@ __all__ = [
     "TensorBoardAttributionHandler",
     "TensorBoardComparisonHandler",
     "TensorBoardGroundingHandler",
+    "UnsavedMapWarning",
     "UnsupportedBundleError",
     "UnsupportedInfererError",
     "UnsupportedNetworkError",

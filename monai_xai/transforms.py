@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from monai.config import DtypeLike, KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import FlattenSubKeysd, MapTransform, Transform
+from monai.utils import ensure_tuple
 from torch import Tensor, nn
 
 from monai_xai.errors import InputError
@@ -106,6 +108,10 @@ class Explaind(MapTransform):
         return d | {f"{self.prefix}_{name}": values for name, values in self.explain(inputs, label).items()}
 
 
+class UnsavedMapWarning(UserWarning):
+    """A map was made that no transform saves."""
+
+
 class FlattenAttributionsd(FlattenSubKeysd):
     """Lift the maps that ``AttributionHandler`` put under one key to the top: ``attribution_image``, ….
 
@@ -113,18 +119,33 @@ class FlattenAttributionsd(FlattenSubKeysd):
 
     Args:
         keys: the key of ``AttributionHandler``, which is also the first part of the new keys.
+        saved: the new keys that transforms after this one save; maps under other ones are warned of, once, since
+            nothing else would tell that they stay unsaved. None: nobody is to save any.
     """
 
-    def __init__(self, keys: str = "attribution") -> None:
+    def __init__(self, keys: str = "attribution", saved: KeysCollection | None = None) -> None:
         super().__init__(keys, prefix=keys)
         self.allow_missing_keys = True
+        self.saved = None if saved is None else {str(key) for key in ensure_tuple(saved)}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the maps at the top, without those that are all NaN: cases not explained."""
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = {name: values for name, values in d[key].items() if not torch.isnan(values).all()}
+            self._warn_of_unsaved({f"{key}_{name}" for name in d[key]})
         return dict(super().__call__(d))  # type: ignore[no-untyped-call]
+
+    def _warn_of_unsaved(self, found: set[str]) -> None:
+        if self.saved is None or not (unsaved := sorted(found - self.saved)):
+            return
+        self.saved |= found
+        warnings.warn(
+            f"Nothing saves the maps {', '.join(unsaved)}: of several explainers, targets or inputs each map has a key "
+            f"of its own. Give each an Invertd and a SaveImaged after {type(self).__name__}, and name it in `saved`.",
+            UnsavedMapWarning,
+            stacklevel=2,
+        )
 
 
 class AtomicNibabelWriter(NibabelWriter):

@@ -37,6 +37,7 @@ from monai_xai import (
     OutputScore,
     RegionScore,
     Saliency,
+    UnsavedMapWarning,
     WorstCases,
 )
 from monai_xai.cases import foreground_dice, multilabel_dice
@@ -197,6 +198,21 @@ def test_maps_are_in_the_output_before_decollation_and_pass_through_post_process
     expected = EXPLAINER(small_unet(), cases()[1]["image"].as_tensor()[None]).attributions["image"]
     torch.testing.assert_close(item["attribution_image"].as_tensor(), expected[0])
     assert item["attribution_image"].meta["filename_or_obj"] == "scans/case-1.nii.gz"
+
+
+def test_maps_that_nobody_saves_are_warned_of_once():
+    post = Compose([FlattenAttributionsd(saved="attribution_image")])
+    engine = evaluator([AttributionHandler(EXPLAINER, 2)], postprocessing=post)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnsavedMapWarning)
+        engine.run()
+    named = AttributionHandler({"gradient": EXPLAINER}, 2)
+    engine = evaluator([named], postprocessing=Compose([FlattenAttributionsd(saved="attribution_image")]))
+    with pytest.warns(
+        UnsavedMapWarning, match="Nothing saves the maps attribution_gradient_image:"
+    ) as caught:
+        engine.run()
+    assert len([w for w in caught if w.category is UnsavedMapWarning]) == 1
 
 
 def test_several_explainers_are_kept_apart_by_name():
