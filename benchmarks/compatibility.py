@@ -318,9 +318,14 @@ def by_completeness(trial: Trial) -> Outcome:
 
 
 def by_sampling_error(trial: Trial) -> Outcome:
-    """The gap that a sampled expectation states."""
+    """The gap of a sampled expectation, against the standard error that it states: no more than three of them."""
     outcome = by_completeness(trial)
-    return Outcome("right" if outcome.kind == "right" else "approximate", outcome.note)
+    if outcome.kind == "right":
+        return outcome
+    delta, error = trial.explanation.delta, float(trial.explanation.facts["error_of_sum"])
+    assert delta is not None
+    within = float(delta.abs().max()) / error
+    return Outcome("right" if within <= 3 else "approximate", f"{outcome.note}, {within:.1f} standard errors")
 
 
 def by_conservation(trial: Trial) -> Outcome:

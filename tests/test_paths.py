@@ -34,7 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
 SIDES = {2: (12, 10), 3: (8, 6, 8)}
 BOXES = {2: Box((3, 2), (9, 7)), 3: Box((2, 1, 2), (6, 5, 5))}
 WINDOWS = {2: 8, 3: (6, 4, 6)}
-METHODS = [BlurIntegratedGradients(6, Blur(1.5)), GuidedIntegratedGradients(6, baseline=Blur(1.5))]
+METHODS = [
+    BlurIntegratedGradients(6, Blur(1.5)),
+    BlurIntegratedGradients(baseline=Blur(1.5)),
+    GuidedIntegratedGradients(6, baseline=Blur(1.5)),
+    GuidedIntegratedGradients(baseline=Blur(1.5), max_steps=80),
+]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 each_dims = pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
 each_extent = pytest.mark.parametrize("windows", [False, True], ids=["whole", "windows"])
@@ -264,6 +269,53 @@ def test_the_gap_of_the_guided_path_shrinks_with_steps():
     )
     assert fine.gap < 0.02
     assert fine.gap < 0.1 * coarse.gap
+
+
+@each_dims
+@each_extent
+@pytest.mark.parametrize("method", [BlurIntegratedGradients, GuidedIntegratedGradients])
+def test_a_path_is_refined_until_it_adds_up(method, dims, windows):
+    """On a network whose gradient jumps, and of which many equal steps leave more."""
+    network, x = small_unet(dims, norm="INSTANCE"), random_image(1, 2, *SIDES[dims])
+    target, inferer = RegionScore(1, BOXES[dims]), inferer_of(dims, windows)
+    refined = explain(method(baseline=Blur(2.0), tolerance=0.005), network, x, target, inferer)
+    assert float(refined.gap) <= 0.005
+    loose = explain(method(baseline=Blur(2.0), tolerance=0.1), network, x, target, inferer)
+    assert float(loose.gap) <= 0.1
+    assert loose.facts["passes"] < refined.facts["passes"]
+
+
+@each_dims
+def test_the_refined_blurred_path_is_that_of_many_equal_steps(dims):
+    network, x = small_unet(dims, act="TANH"), random_image(2, 2, *SIDES[dims])
+    many, refined = (
+        explain(method, network, x, RegionScore(1, BOXES[dims])).attributions["image"]
+        for method in (
+            BlurIntegratedGradients(1000, Blur(2.0)),
+            BlurIntegratedGradients(baseline=Blur(2.0), tolerance=1e-5),
+        )
+    )
+    assert (refined - many).norm() < 1e-3 * many.norm()
+
+
+def test_refinement_ends_at_its_last_step_and_says_what_is_missing():
+    network, x = small_unet(norm="INSTANCE"), random_image(1, 2, *SIDES[2])
+    for method, passes in (
+        (BlurIntegratedGradients(tolerance=1e-12, max_steps=9), 9),
+        (GuidedIntegratedGradients(tolerance=1e-12, max_steps=30), 31),
+    ):
+        explanation = explain(method, network, x, RegionScore(1, BOXES[2]))
+        assert explanation.facts["passes"] <= passes
+        assert explanation.gap > 1e-12
+
+
+def test_a_long_path_ends_when_its_time_is_over():
+    network, x = small_unet(), random_image(1, 2, *SIDES[2])
+    for method in (BlurIntegratedGradients(tolerance=1e-12), GuidedIntegratedGradients(tolerance=1e-12)):
+        explainer = Explainer(RegionScore(1, BOXES[2]), method, max_seconds=0.0, progress=False)
+        explanation = explainer(network, x)
+        assert explanation.facts["ended_after"] == 0.0
+        assert explanation.facts["passes"] <= 3
 
 
 @each_method

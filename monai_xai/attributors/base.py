@@ -181,6 +181,7 @@ def add_up(parts: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[
     combined: dict[str, Callable[[list[float]], float]] = {
         "passes": lambda values: sum(v * share for v, share in zip(values, shares, strict=True)),
         "standard_error": lambda values: math.hypot(*values),
+        "error_of_sum": sum,  # of samples that all parts share
         "residual": sum,
     }
     found: dict[str, Any] = {}

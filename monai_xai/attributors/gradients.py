@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -69,7 +69,9 @@ class GradientShap(BaselineAttributor):
         stdev_spread: noise on the input, as a share of each channel's range.
 
     The points are stratified (one in each of ``n_samples`` equal parts of the way), which keeps the expectation and
-    lowers the variance. ``delta`` holds what the sampling left open.
+    lowers the variance. ``delta`` holds what the sampling left open; ``facts["error_of_sum"]`` is the standard error of
+    the sum over all maps, the largest of a batch, from how far neighbors on the way differ: it says rather too much,
+    since what the gradient changes from part to part counts as well.
 
     Reference: Lundberg & Lee, "A Unified Approach to Interpreting Model Predictions", NeurIPS 2017
     (arXiv:1705.07874); Erion et al. 2021 (doi:10.1038/s42256-021-00343-w), equation 4.
@@ -105,21 +107,32 @@ class GradientShap(BaselineAttributor):
         strata = torch.randperm(self.n_samples, generator=generator).tolist()
         totals = [torch.zeros_like(x) for x in scoring.values]
         planned = scoring.track(list(zip(chosen, strata, strict=True)), self.name)
-        taken = []
+        taken, sums = [], {}
         for choice, stratum in scoring.clock.limit(planned, least=1):
             taken.append(choice)
             inputs = noisy(scoring, self.stdev_spread, generator)
             alpha = (stratum + float(torch.rand((), generator=generator))) / self.n_samples
             points = [b + alpha * (x - b) for x, b in zip(inputs, draws[choice], strict=True)]
             _, gradients = scoring.gradient(points)
-            for total, x, b, g in zip(totals, inputs, draws[choice], gradients, strict=True):
-                total += (x - b) * g
-        baseline_scores = [
-            scoring.score(draws[choice]) * taken.count(choice) for choice in sorted(set(taken))
-        ]
-        baseline_score = torch.stack(baseline_scores).sum(0) / len(taken)
+            parts = [(x - b) * g for x, b, g in zip(inputs, draws[choice], gradients, strict=True)]
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+            sums[stratum] = choice, sum(part.flatten(1).sum(1) for part in parts)
+        scores = {choice: scoring.score(draws[choice]) for choice in sorted(set(taken))}
+        baseline_score = torch.stack([scores[choice] for choice in taken]).mean(0)
         maps = scoring.named([total / len(taken) for total in totals])
-        return Attribution(maps, scoring.score(), baseline_score, {"passes": len(taken)})
+        ordered = [scores[choice] + total for _, (choice, total) in sorted(sums.items())]
+        facts = {"passes": len(taken), **_error_of_sum(ordered)}
+        return Attribution(maps, scoring.score(), baseline_score, facts)
+
+
+def _error_of_sum(sums: Sequence[Tensor]) -> dict[str, float]:
+    """Return the standard error of a mean of stratified samples, each (N,), in order; nothing of a single one."""
+    if len(sums) < 2:
+        return {}
+    steps = torch.stack(list(sums)).diff(dim=0)
+    variance = steps.square().mean(0) / 2
+    return {"error_of_sum": float((variance / len(sums)).sqrt().max())}
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
+from monai_xai.attributors.base import Attribution, average
+from monai_xai.attributors.refinement import (
+    PIECES_KEPT,
+    Node,
+    PathAttributor,
+    Refinements,
+    StraightPiece,
+    refine,
+)
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.clock import Clock
-from monai_xai.errors import InputError
-from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
 from monai_xai.joined import AHEAD, Asking, JoinedGradients
 from monai_xai.terms import Tensors, Term
 from monai_xai.trials import Trial
-
-_DEFAULT_TOLERANCE = 0.01
-_CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
-_PIECES_KEPT = 16  # how many pieces hold their gradients; those that miss least are summed up
 
 
 class Rule(NamedTuple):
@@ -41,7 +42,7 @@ def gauss_legendre(n: int) -> Rule:
 
 
 @dataclass(frozen=True)
-class IntegratedGradients(BaselineAttributor):
+class IntegratedGradients(PathAttributor):
     """The gradient integrated along the straight line from the baseline to the input, times their difference.
 
     Args:
@@ -74,21 +75,6 @@ class IntegratedGradients(BaselineAttributor):
         "instance and group normalization map every constant image to the same features"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.n_steps is not None and self.n_steps < 1) or self.max_steps < 3:
-            raise InputError(f"IntegratedGradients needs n_steps >= 1 and max_steps >= 3, got {self}.")
-        if self.is_adaptive and (self.n_steps or 0) > self.max_steps:
-            raise InputError(f"{self} asks for more steps than max_steps={self.max_steps} allows.")
-        if self.tolerance is not None and self.tolerance <= 0:
-            raise InputError(f"IntegratedGradients(tolerance={self.tolerance}) must be positive.")
-
-    def remedies(self) -> Iterator[Attributor]:
-        if not self.is_adaptive:
-            assert self.n_steps is not None
-            yield replace(self, n_steps=4 * self.n_steps)
-        yield from super().remedies()
-
     def attribute(self, scoring: Scoring) -> Attribution:
         ends = scoring.term_scores()
         return average([self._integrate(part, ends, start) for part, start in self.in_turn(scoring)])
@@ -97,9 +83,7 @@ class IntegratedGradients(BaselineAttributor):
         """Return the integral from a baseline to the inputs, at which the terms have the scores ``ends``."""
         changes = [end - start for end, start in zip(ends, scoring.term_scores(baseline), strict=True)]
         score, total_change = scoring.sum_scores(ends), scoring.sum_scores(changes)
-        whole = scoring.crew.total(total_change, "the change of the score")
-        allowed = self._relative_gap() * whole.abs() + rounding(score, score - total_change)
-        budget = _Budget(allowed * scoring.crew.share, scoring.terms)
+        budget = _Budget(self.allowed(scoring, score, total_change), scoring.terms)
         numbers, passes = itertools.count(), 0
         clocks = scoring.clock.split(len(scoring.terms))
 
@@ -115,19 +99,10 @@ class IntegratedGradients(BaselineAttributor):
             return maps
 
         maps = scoring.accumulate_jointly(
-            self.name, integrate, scoring.values, baseline, held=2 * _PIECES_KEPT + 2
+            self.name, integrate, scoring.values, baseline, held=2 * PIECES_KEPT + 2
         )
         facts = {"passes": passes / max(len(scoring.terms), 1)}
         return Attribution(scoring.named(maps), score, score - total_change, facts)
-
-    @property
-    def ends_early(self) -> bool:
-        return self.is_adaptive
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the path is refined until ``tolerance`` is met."""
-        return self.n_steps is None or self.tolerance is not None
 
     def _follow_rule(self, path: _Path, joined: JoinedGradients) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term by a fixed rule, and the number of its nodes."""
@@ -146,35 +121,26 @@ class IntegratedGradients(BaselineAttributor):
     def _refine(self, path: _Path, shares: Tensor, clock: Clock) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term, refined for each of its samples, and how many passes that took."""
         least = self.n_steps or 1
-        refinements = [_refine(float(share), least, self.max_steps, clock) for share in shares]
-        nodes = [next(refinement) for refinement in refinements]
-        integrals: dict[int, Tensors] = {}
+        refinements = Refinements(
+            refine(StraightPiece, float(share), least, self.max_steps, clock) for share in shares
+        )
         passes = 0
-        while len(integrals) < len(nodes):
-            found = yield [path.trial(column) for column in zip(*nodes, strict=True)]
+        while refinements.running:
+            columns = refinements.columns
+            found = yield [path.trial(column) for column in columns]
             passes += len(found)
             slopes = [
                 _sums([g * d for g, d in zip(f[1], path.direction, strict=True)]).tolist() for f in found
             ]
-            for row in [row for row in range(len(nodes)) if row not in integrals]:
-                points = [
-                    _Point(node, float(scores[row]), slope[row], tuple(g[row].clone() for g in gradients))
-                    for node, (scores, gradients), slope in zip(nodes[row], found, slopes, strict=True)
+            for row in refinements.running:
+                nodes = [
+                    Node(
+                        column[row], float(scores[row]), tuple(g[row].clone() for g in gradients), slope[row]
+                    )
+                    for column, (scores, gradients), slope in zip(columns, found, slopes, strict=True)
                 ]
-                try:
-                    nodes[row] = refinements[row].send(points)
-                except StopIteration as end:
-                    integrals[row] = end.value
-                    nodes[row] = 1.0, 1.0  # goes on beside the others
-        stacked = [torch.stack(rows) for rows in zip(*(integrals[i] for i in range(len(nodes))), strict=True)]
-        return tuple(i * d for i, d in zip(stacked, path.direction, strict=True)), passes
-
-    @property
-    def wanted_gap(self) -> float:
-        return self._relative_gap() if self.is_adaptive else math.inf
-
-    def _relative_gap(self) -> float:
-        return _DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+                refinements.send(row, nodes)
+        return tuple(i * d for i, d in zip(refinements.integrals(), path.direction, strict=True)), passes
 
 
 class _Budget:
@@ -230,90 +196,6 @@ class _Path(NamedTuple):
             node = torch.as_tensor(nodes, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
             points.append(b + node * (x - b))
         return Trial(None, self.term, tuple(points))
-
-
-class _Point(NamedTuple):
-    """What one sample has at a node of the path.
-
-    Args:
-        node: where, from 0 (baseline) to 1 (input).
-        score: the score there.
-        slope: the derivative of the score along the path.
-        gradient: the gradient, for each input.
-    """
-
-    node: float
-    score: float
-    slope: float
-    gradient: Tensors
-
-
-class _Piece(NamedTuple):
-    """A piece of the path with the point in its middle, and the rule that adds up better on it.
-
-    Simpson's rule is the better one where the gradient is smooth, trapezoids where it jumps (ReLU).
-    """
-
-    points: tuple[_Point, _Point, _Point]
-    weights: tuple[float, float, float]
-    gap: float
-
-    @classmethod
-    def of(cls, *points: _Point) -> _Piece:
-        """Return the piece between the first and the last of three points."""
-        first, middle, last = points
-        length, change = last.node - first.node, last.score - first.score
-        rules = [tuple(length * w for w in rule) for rule in ((1 / 6, 4 / 6, 1 / 6), (1 / 4, 2 / 4, 1 / 4))]
-        gaps = [sum(w * p.slope for w, p in zip(rule, points, strict=True)) - change for rule in rules]
-        best = min((0, 1), key=lambda i: abs(gaps[i]))
-        return cls((first, middle, last), rules[best], gaps[best])  # type: ignore[arg-type]
-
-    def add_to(self, totals: Sequence[Tensor]) -> None:
-        """Add the integral of the gradient over this piece."""
-        for point, weight in zip(self.points, self.weights, strict=True):
-            _add(totals, point.gradient, weight)
-
-
-def _refine(
-    share: float, least: int, most: int, clock: Clock
-) -> Generator[tuple[float, ...], Sequence[_Point], Tensors]:
-    """Integrate the gradient of one sample: yields where points are wanted, returns the integral for each input.
-
-    The path is halved where it misses most until it adds up. Gaps of pieces may cancel: their sum must be within
-    ``share``, and their sizes must not exceed it by much, or the maps would add up without being right.
-
-    Args:
-        share: the gap that is allowed.
-        least: how many points are taken at least.
-        most: how many points are taken at most, 3 or more.
-        clock: how long it may go on.
-    """
-    first, middle, last = yield 0.0, 0.5, 1.0
-    pieces = [_Piece.of(first, middle, last)]
-    totals = [torch.zeros_like(gradient) for gradient in middle.gradient]
-    taken, gap, size = 3, 0.0, 0.0  # gap and size: of the pieces that are in the totals already
-
-    def adds_up() -> bool:
-        gaps = [piece.gap for piece in pieces]
-        return abs(gap + sum(gaps)) <= share and size + sum(map(abs, gaps)) <= _CANCELLATION * share
-
-    while pieces and taken + 2 <= most and not ((taken >= least and adds_up()) or clock.is_over):
-        first, middle, last = pieces.pop(_by_gap(pieces, max)).points
-        left, right = yield (first.node + middle.node) / 2, (middle.node + last.node) / 2
-        pieces += [_Piece.of(first, left, middle), _Piece.of(middle, right, last)]
-        taken += 2
-        if len(pieces) > _PIECES_KEPT:
-            best = pieces.pop(_by_gap(pieces, min))
-            best.add_to(totals)
-            gap, size = gap + best.gap, size + abs(best.gap)
-    for piece in pieces:
-        piece.add_to(totals)
-    return tuple(totals)
-
-
-def _by_gap(pieces: Sequence[_Piece], choose: Callable[..., int]) -> int:
-    """Return the index of the piece whose gap is largest or smallest in size."""
-    return choose(range(len(pieces)), key=lambda i: abs(pieces[i].gap))
 
 
 def _sums(maps: Sequence[Tensor]) -> Tensor:

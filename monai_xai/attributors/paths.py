@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
+from monai_xai.attributors.base import Attribution, Attributor, average
+from monai_xai.attributors.refinement import (
+    PIECES_KEPT,
+    CurvedPiece,
+    Node,
+    PathAttributor,
+    Refinements,
+    refine,
+)
 from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.clock import Clock
 from monai_xai.errors import InputError
 from monai_xai.forward import Scoring
+from monai_xai.memory import GIB
 from monai_xai.terms import Tensors
+
+_HELD_GIB = 1.0  # by all pieces of a path of whole images
+_LEAST_KEPT = 4  # pieces, however large
+_LEAST_STEPS = 50  # in which features can be chosen anew
+_NOTHING = 1e-9  # a part of the way that is none
 
 
 @dataclass(frozen=True)
-class BlurIntegratedGradients(BaselineAttributor):
+class BlurIntegratedGradients(PathAttributor):
     """The gradient integrated while images come into focus, through their Gaussian scale space.
 
     The path leads through blurred copies of the input, which have no structure that the image does not have; on the
     straight line of :class:`IntegratedGradients`, all scales fade in at once.
 
     Args:
-        n_steps: how many short straight lines the path is made of, one gradient in the middle of each.
+        n_steps: None refines the path until ``tolerance`` is met. A number alone is how many short straight lines it is
+            made of, one gradient in the middle of each; together with ``tolerance``, how many gradients are taken at
+            least.
         baseline: a ``Blur``, whose sigma is where the path begins; or baselines by input name, with a ``Blur`` for one
             image at least. Inputs with another baseline and vectors, which cannot be blurred, take the straight line
             from their baseline (of vectors under a ``Blur``: zeros).
+        tolerance: the completeness gap, relative to ``|score - baseline_score|``, at which refinement ends; 0.01
+            if neither it nor ``n_steps`` is given.
+        max_steps: refinement ends here at the latest.
 
     Sigma falls with the square of the rest of the way, since small scales hold most of the detail; for images alone the
     integral does not depend on it, with a vector it says how far each has come at the same time. The steps add up to
@@ -39,17 +60,18 @@ class BlurIntegratedGradients(BaselineAttributor):
     Reference: Xu et al., "Attribution in Scale and Space", CVPR 2020 (arXiv:2004.03383).
     """
 
-    n_steps: int = 64
+    n_steps: int | None = None
     baseline: BaselineLike = field(default_factory=Blur)
+    tolerance: float | None = None
+    max_steps: int = 255
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
     by_window: ClassVar[bool] = True
-    cause_of_gap: ClassVar[str] = "raise n_steps, or begin at a smaller sigma"
+    cause_of_gap: ClassVar[str] = "raise n_steps or max_steps, or begin at a smaller sigma"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_steps(self, self.n_steps)
         baselines = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
         if not any(isinstance(baseline, Blur) for baseline in baselines):
             raise InputError(
@@ -58,12 +80,13 @@ class BlurIntegratedGradients(BaselineAttributor):
             )
 
     def remedies(self) -> Iterator[Attributor]:
-        yield replace(self, n_steps=4 * self.n_steps)
+        if not self.is_adaptive:
+            assert self.n_steps is not None
+            yield replace(self, n_steps=4 * self.n_steps)
 
     def attribute(self, scoring: Scoring) -> Attribution:
-        draws = self.draws(scoring)
-        blurs = self._blurs(scoring)
-        return average([self._follow(scoring, start, blurs) for start in draws])
+        blurs, score = self._blurs(scoring), scoring.score()
+        return average([self._follow(part, start, blurs, score) for part, start in self.in_turn(scoring)])
 
     def _blurs(self, scoring: Scoring) -> list[Blur | None]:
         """Return the blur that the path of each input begins at, None where it is a straight line."""
@@ -83,32 +106,83 @@ class BlurIntegratedGradients(BaselineAttributor):
             )
         return blurs
 
-    def _follow(self, scoring: Scoring, start: Tensors, blurs: Sequence[Blur | None]) -> Attribution:
-        totals = [torch.zeros_like(x) for x in scoring.values]
-        here = start
+    def _follow(
+        self, scoring: Scoring, start: Tensors, blurs: Sequence[Blur | None], score: Tensor
+    ) -> Attribution:
+        """Return the integral from a baseline to the inputs, where the score is known."""
+        baseline_score, follow = scoring.score(start), self._refine if self.is_adaptive else self._step
+        allowed = self.allowed(scoring, score, score - baseline_score)
+        maps, passes = follow(scoring, _Focus(scoring.values, start, blurs), allowed)
+        return Attribution(scoring.named(maps), score, baseline_score, {"passes": passes})
+
+    def _step(self, scoring: Scoring, focus: _Focus, _: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Return maps, and the number of passes, from gradients in the middle of short straight lines."""
+        assert self.n_steps is not None
+        totals, here = [torch.zeros_like(x) for x in scoring.values], focus.start
         for step in scoring.track(range(1, self.n_steps + 1), self.name):
-            there = _focus(scoring.values, start, blurs, step / self.n_steps)
+            there = focus.at([step / self.n_steps] * len(here[0]))
             _, gradients = scoring.gradient([(a + b) / 2 for a, b in zip(here, there, strict=True)])
             for total, a, b, gradient in zip(totals, here, there, gradients, strict=True):
                 total += (b - a) * gradient
             here = there
-        return Attribution(
-            scoring.named(totals), scoring.score(), scoring.score(start), {"passes": self.n_steps}
+        return totals, self.n_steps
+
+    def _refine(self, scoring: Scoring, focus: _Focus, allowed: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Return maps, and the number of passes, refined for each sample until they add up."""
+        held = 4 * sum(x[:1].nbytes for x in scoring.values)  # by a piece, in gradients and points
+        kept = min(max(int(_HELD_GIB * GIB / held), _LEAST_KEPT), PIECES_KEPT)
+        least = self.n_steps or 1
+        refinements = Refinements(
+            refine(CurvedPiece, float(share), least, self.max_steps, scoring.clock, kept=kept)
+            for share in allowed
         )
+        passes, rounds = 0, scoring.track(itertools.count(), self.name)
+        while refinements.running:
+            next(rounds)
+            columns = refinements.columns
+            found = []
+            for ways in columns:
+                points = focus.at(ways)
+                found.append((ways, points, *scoring.gradient(points)))
+            passes += len(found)
+            for row in refinements.running:
+                nodes = [
+                    Node(ways[row], float(scores[row]), _row(gradients, row), point=_row(points, row))
+                    for ways, points, scores, gradients in found
+                ]
+                refinements.send(row, nodes)
+        return refinements.integrals(), passes
 
 
-def _focus(inputs: Tensors, start: Tensors, blurs: Sequence[Blur | None], way: float) -> Tensors:
-    """Return the point of the path after a share ``way`` of it: inputs blurred so far, or on their straight line."""
-    if way == 1.0:
-        return inputs
-    return tuple(
-        Blur(blur.sigma * (1 - way) ** 2).draws(x)[0] if blur else torch.lerp(b, x, way)
-        for x, b, blur in zip(inputs, start, blurs, strict=True)
-    )
+class _Focus(NamedTuple):
+    """The path on which images come into focus, and all other inputs take their straight line."""
+
+    inputs: Tensors
+    start: Tensors
+    blurs: Sequence[Blur | None]
+
+    def at(self, ways: Sequence[float]) -> Tensors:
+        """Return the points where each sample has gone a share of its way."""
+        rows = [self._row(row, way) for row, way in enumerate(ways)]
+        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+
+    def _row(self, row: int, way: float) -> list[Tensor]:
+        ends = [(x[row : row + 1], b[row : row + 1]) for x, b in zip(self.inputs, self.start, strict=True)]
+        if way in (0.0, 1.0):
+            return [end[0 if way else 1] for end in ends]
+        return [
+            Blur(blur.sigma * (1 - way) ** 2).draws(x)[0] if blur else torch.lerp(b, x, way)
+            for (x, b), blur in zip(ends, self.blurs, strict=True)
+        ]
+
+
+def _row(tensors: Sequence[Tensor], row: int) -> Tensors:
+    """Return one sample of each tensor."""
+    return tuple(x[row] if len(x) == 1 else x[row].clone() for x in tensors)
 
 
 @dataclass(frozen=True)
-class GuidedIntegratedGradients(BaselineAttributor):
+class GuidedIntegratedGradients(PathAttributor):
     """The gradient integrated along a path on which the features with the smallest gradient move first.
 
     So the path avoids the steep places between baseline and input, whose large gradients of changing sign make the map
@@ -116,9 +190,13 @@ class GuidedIntegratedGradients(BaselineAttributor):
     the maps.
 
     Args:
-        n_steps: how many steps of equal length (sum of absolute changes) the path has.
+        n_steps: None makes steps as long as ``tolerance`` allows. A number alone is how many steps of equal length (sum
+            of absolute changes) the path has; together with ``tolerance`` it is the least number.
         fraction: share of all features that move at a time; 1 moves all that are left, on the straight line.
         baseline: what the input is held against; attributions are averaged over several (``Samples``).
+        tolerance: the completeness gap, relative to ``|score - baseline_score|``, of which each step may have its part;
+            0.01 if neither it nor ``n_steps`` is given.
+        max_steps: how many steps are tried at most.
 
     Each sample takes a path of its own. Its features are the values of all of its inputs together, whose changes and
     gradients are compared as they are: bring inputs to a similar scale, or vectors are moved among the first or last.
@@ -131,20 +209,21 @@ class GuidedIntegratedGradients(BaselineAttributor):
     (arXiv:2106.09788).
     """
 
-    n_steps: int = 200
+    n_steps: int | None = None
     fraction: float = 0.25
     baseline: BaselineLike = field(default_factory=Blur)
+    tolerance: float | None = None
+    max_steps: int = 500
 
     complete: ClassVar[bool] = True
     summable: ClassVar[bool] = True
     linear: ClassVar[bool] = False
     cause_of_gap: ClassVar[str] = (
-        "raise n_steps, or hold against a baseline nearer to the input, such as Blur()"
+        "raise n_steps or max_steps, or hold against a baseline nearer to the input, such as Blur()"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_steps(self, self.n_steps)
         if not 0 < self.fraction <= 1:
             raise InputError(
                 f"GuidedIntegratedGradients(fraction={self.fraction}) must be a share of the features in (0, 1], such "
@@ -152,27 +231,90 @@ class GuidedIntegratedGradients(BaselineAttributor):
             )
 
     def attribute(self, scoring: Scoring) -> Attribution:
-        return average([self._follow(scoring, start) for start in self.draws(scoring)])
+        return average([self._follow(part, start) for part, start in self.in_turn(scoring)])
 
     def _follow(self, scoring: Scoring, start: Tensors) -> Attribution:
         here, end = _as_rows(start), _as_rows(scoring.values)
+        score, gradient = self._slope(scoring, here)
+        baseline_score, total, passes = score, torch.zeros_like(end), 1
         length = (end - here).abs().sum(1)
-        baseline_score, gradient = self._slope(scoring, here)
-        score, total = baseline_score, torch.zeros_like(end)
-        for step in scoring.track(range(1, self.n_steps + 1), self.name):
-            rest = length * (1 - step / self.n_steps)
+        paces = self._paces(scoring, score)
+        rounds = scoring.track(itertools.count(), self.name)
+        while any(pace.way < 1 for pace in paces):
+            next(rounds)
+            rest = length * (1 - length.new_tensor([pace.ahead for pace in paces]))
             rows = zip(here, end, gradient, rest, strict=True)
             there = torch.stack([_advance(*row, self.fraction) for row in rows])
-            score, slope = self._slope(scoring, there)
-            total += (there - here) * (gradient + slope) / 2
-            here, gradient = there, slope
+            reached, slope = self._slope(scoring, there)
+            passes += 1
+            step = (there - here) * (gradient + slope) / 2
+            gaps = (step.sum(1) - (reached - score)).tolist()
+            taken = torch.tensor([pace.take(gap) for pace, gap in zip(paces, gaps, strict=True)])
+            taken = taken.to(score.device)
+            score, row = torch.where(taken, reached, score), taken[:, None]
+            total += torch.where(row, step, 0.0)
+            here, gradient = torch.where(row, there, here), torch.where(row, slope, gradient)
         maps = scoring.named(_as_inputs(total, scoring.values))
-        return Attribution(maps, score, baseline_score, {"passes": self.n_steps + 1})
+        return Attribution(maps, score, baseline_score, {"passes": passes})
+
+    def _paces(self, scoring: Scoring, baseline_score: Tensor) -> list[_Pace]:
+        """Return how each sample goes."""
+        if not self.is_adaptive:
+            assert self.n_steps is not None
+            return [_Pace(self.n_steps, scoring.clock) for _ in baseline_score]
+        score = scoring.score()
+        allowed = self.allowed(scoring, score, score - baseline_score)
+        least = min(self.n_steps or _LEAST_STEPS, self.max_steps)
+        return [_Pace(least, scoring.clock, self.max_steps, float(share)) for share in allowed]
 
     def _slope(self, scoring: Scoring, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and gradients at a point, all features of a sample in one row."""
         score, gradients = scoring.gradient(_as_inputs(rows, scoring.values))
         return score, _as_rows(gradients)
+
+
+class _Pace:
+    """How far one sample goes in each step, so that none misses more than its part of the gap that is allowed.
+
+    Args:
+        least: how many steps are taken at least.
+        clock: when it is over, the rest is one step.
+        most: how many steps are tried at most; None takes the least, however much they miss.
+        allowed: the gap of all steps.
+    """
+
+    def __init__(self, least: int, clock: Clock, most: int | None = None, allowed: float = 0.0) -> None:
+        self.way = 0.0  # from 0 to 1, the part of all changes that is done
+        self._longest = self._step = 1 / least
+        self._tries = most
+        self._clock = clock
+        self._allowed = allowed
+        self._gap = 0.0
+
+    @property
+    def ahead(self) -> float:
+        """Where the next step leads."""
+        ahead = self.way + self._step
+        return 1.0 if ahead > 1 - _NOTHING else ahead
+
+    def take(self, gap: float) -> bool:
+        """Tell whether a step that misses so much of its change is taken, or a shorter one is to be tried."""
+        length, rest = self.ahead - self.way, 1 - self.way
+        if self._tries is None or not rest:
+            self.way = self.ahead
+            return True
+        self._tries -= 1
+        part = max((self._allowed - abs(self._gap)) * length / rest, self._allowed * length)
+        if abs(gap) > part and length / 2 * self._tries >= rest and not self._clock.is_over:
+            self._step = length / 2
+            return False
+        self.way, self._gap = self.ahead, self._gap + gap
+        if abs(gap) < part / 4:
+            self._step = min(2 * length, self._longest)
+        if self.way < 1 and self._clock.is_over:
+            self._step = 1.0
+        self._step = max(self._step, (1 - self.way) / max(self._tries, 1))
+        return True
 
 
 def _advance(position: Tensor, end: Tensor, gradient: Tensor, rest: Tensor, fraction: float) -> Tensor:
@@ -207,8 +349,3 @@ def _as_inputs(rows: Tensor, inputs: Tensors) -> Tensors:
     """Return rows in the form of the inputs."""
     parts = rows.split([x[0].numel() for x in inputs], 1)
     return tuple(part.reshape(x.shape).to(x) for part, x in zip(parts, inputs, strict=True))
-
-
-def _require_steps(attributor: BaselineAttributor, n_steps: int) -> None:
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise InputError(f"{attributor.name}(n_steps={n_steps}) needs a whole number of steps, 1 or more.")
