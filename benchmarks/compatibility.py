@@ -391,7 +391,10 @@ METHODS: dict[str, tuple[xai.Attributor, Check]] = {
     "IntegratedGradients": (xai.IntegratedGradients(baseline=NOISE, tolerance=0.01), by_completeness),
     "IntegratedGradients (auto)": (xai.IntegratedGradients(baseline="auto"), by_completeness),
     "BlurIntegratedGradients": (xai.BlurIntegratedGradients(), by_completeness),
-    "GuidedIntegratedGradients": (xai.GuidedIntegratedGradients(baseline=NOISE), by_completeness),
+    "GuidedIntegratedGradients": (
+        xai.GuidedIntegratedGradients(baseline="auto", tolerance=0.03, max_steps=1000),
+        by_completeness,
+    ),
     "GradientShap": (xai.GradientShap(n_samples=64, baseline=NOISE), by_sampling_error),
     "NoiseTunnel": (xai.NoiseTunnel(n_samples=4), by_form),
     "GuidedBackprop": (xai.GuidedBackprop(), by_difference_from_the_gradient),

@@ -17,10 +17,10 @@ from monai_xai.attributors.refinement import (
     Node,
     PathAttributor,
     Refinements,
+    StraightPiece,
     refine,
 )
 from monai_xai.baselines import BaselineLike, Blur
-from monai_xai.clock import Clock
 from monai_xai.errors import InputError
 from monai_xai.forward import Scoring
 from monai_xai.memory import GIB
@@ -28,8 +28,8 @@ from monai_xai.terms import Tensors
 
 _HELD_GIB = 1.0  # by all pieces of a path of whole images
 _LEAST_KEPT = 4  # pieces, however large
-_LEAST_STEPS = 50  # in which features can be chosen anew
-_NOTHING = 1e-9  # a part of the way that is none
+_STEPS = 50  # of the guided path, before each of which features are chosen anew
+_SPENT_AT_ONCE = 4  # times its equal part of the passes that are to spare, which one leg may use
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class BlurIntegratedGradients(PathAttributor):
 
     def _refine(self, scoring: Scoring, focus: _Focus, allowed: Tensor) -> tuple[Sequence[Tensor], int]:
         """Return maps, and the number of passes, refined for each sample until they add up."""
-        held = 4 * sum(x[:1].nbytes for x in scoring.values)  # by a piece, in gradients and points
-        kept = min(max(int(_HELD_GIB * GIB / held), _LEAST_KEPT), PIECES_KEPT)
+        kept = _kept(2 * sum(x[:1].nbytes for x in scoring.values))  # gradients and points
         least = self.n_steps or 1
         refinements = Refinements(
             refine(CurvedPiece, float(share), least, self.max_steps, scoring.clock, kept=kept)
@@ -176,6 +175,11 @@ class _Focus(NamedTuple):
         ]
 
 
+def _kept(node: int) -> int:
+    """Return how many pieces may hold their nodes, of so many bytes: two in each, besides the first."""
+    return min(max(int(_HELD_GIB * GIB / (2 * node)), _LEAST_KEPT), PIECES_KEPT)
+
+
 def _row(tensors: Sequence[Tensor], row: int) -> Tensors:
     """Return one sample of each tensor."""
     return tuple(x[row] if len(x) == 1 else x[row].clone() for x in tensors)
@@ -190,20 +194,22 @@ class GuidedIntegratedGradients(PathAttributor):
     the maps.
 
     Args:
-        n_steps: None makes steps as long as ``tolerance`` allows. A number alone is how many steps of equal length (sum
-            of absolute changes) the path has; together with ``tolerance`` it is the least number.
+        n_steps: how many steps of equal length (sum of absolute changes) the path has, before each of which features
+            are chosen anew; None: 50, each of them refined until ``tolerance`` is met. A number alone takes the mean of
+            the gradients at both ends of a step; together with ``tolerance``, its steps are refined as well.
         fraction: share of all features that move at a time; 1 moves all that are left, on the straight line.
         baseline: what the input is held against; attributions are averaged over several (``Samples``).
         tolerance: the completeness gap, relative to ``|score - baseline_score|``, of which each step may have its part;
             0.01 if neither it nor ``n_steps`` is given.
-        max_steps: how many steps are tried at most.
+        max_steps: how many gradients are taken at most.
 
     Each sample takes a path of its own. Its features are the values of all of its inputs together, whose changes and
     gradients are compared as they are: bring inputs to a similar scale, or vectors are moved among the first or last.
 
     The path is that of Algorithm 1, without the bound on its distance from the straight line (anchors). The paper takes
-    the gradient at the beginning of each step, just where the features that move were chosen for a small one; here it
-    is the mean of both ends, which costs one pass more and leaves a smaller ``delta``.
+    the gradient at the beginning of each step, just where the features that move were chosen for a small one, and so
+    misses part of every change, however short the steps: where a ReLU switches, the path follows the edge. Here each
+    step is integrated from end to end, as by :class:`IntegratedGradients`.
 
     Reference: Kapishnikov et al., "Guided Integrated Gradients: An Adaptive Path Method for Removing Noise", CVPR 2021
     (arXiv:2106.09788).
@@ -236,36 +242,58 @@ class GuidedIntegratedGradients(PathAttributor):
     def _follow(self, scoring: Scoring, start: Tensors) -> Attribution:
         here, end = _as_rows(start), _as_rows(scoring.values)
         score, gradient = self._slope(scoring, here)
-        baseline_score, total, passes = score, torch.zeros_like(end), 1
-        length = (end - here).abs().sum(1)
-        paces = self._paces(scoring, score)
-        rounds = scoring.track(itertools.count(), self.name)
-        while any(pace.way < 1 for pace in paces):
-            next(rounds)
-            rest = length * (1 - length.new_tensor([pace.ahead for pace in paces]))
+        baseline_score, gap, total, passes = score, torch.zeros_like(score), torch.zeros_like(end), 1
+        change = scoring.score() - score if self.is_adaptive else torch.zeros_like(score)
+        allowed = self.allowed(scoring, score + change, change)
+        length, steps = (end - here).abs().sum(1), self.n_steps or min(_STEPS, self.max_steps // 2)
+        for step in scoring.track(range(1, steps + 1), self.name):
+            rest, left = length * (1 - step / steps), steps - step + 1
             rows = zip(here, end, gradient, rest, strict=True)
-            there = torch.stack([_advance(*row, self.fraction) for row in rows])
-            reached, slope = self._slope(scoring, there)
-            passes += 1
-            step = (there - here) * (gradient + slope) / 2
-            gaps = (step.sum(1) - (reached - score)).tolist()
-            taken = torch.tensor([pace.take(gap) for pace, gap in zip(paces, gaps, strict=True)])
-            taken = taken.to(score.device)
-            score, row = torch.where(taken, reached, score), taken[:, None]
-            total += torch.where(row, step, 0.0)
-            here, gradient = torch.where(row, there, here), torch.where(row, slope, gradient)
+            leg = _Leg(here, torch.stack([_advance(*row, self.fraction) for row in rows]), score, gradient)
+            if self.is_adaptive:
+                share = torch.maximum((allowed - gap.abs()) / left, allowed / steps)
+                spare = max(self.max_steps - passes - 2 * left, 0) // left  # passes, over two for each leg
+                here, score, gradient, integral, used = self._refine(scoring, leg, share, spare)
+            else:
+                here, used = leg.end, 1
+                score, gradient = self._slope(scoring, here)
+                integral = leg.direction * (leg.gradient + gradient) / 2
+            total += integral
+            gap += integral.sum(1) - (score - leg.score)
+            passes += used
         maps = scoring.named(_as_inputs(total, scoring.values))
         return Attribution(maps, score, baseline_score, {"passes": passes})
 
-    def _paces(self, scoring: Scoring, baseline_score: Tensor) -> list[_Pace]:
-        """Return how each sample goes."""
-        if not self.is_adaptive:
-            assert self.n_steps is not None
-            return [_Pace(self.n_steps, scoring.clock) for _ in baseline_score]
-        score = scoring.score()
-        allowed = self.allowed(scoring, score, score - baseline_score)
-        least = min(self.n_steps or _LEAST_STEPS, self.max_steps)
-        return [_Pace(least, scoring.clock, self.max_steps, float(share)) for share in allowed]
+    def _refine(
+        self, scoring: Scoring, leg: _Leg, shares: Tensor, spare: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Return the end of a leg with score and gradient, the integral along it, and how many passes it took."""
+        most, kept = 3 + _SPENT_AT_ONCE * spare, _kept(leg.begin[:1].nbytes)
+        refinements = Refinements(
+            refine(StraightPiece, float(share), 1, most, scoring.clock, kept=kept) for share in shares
+        )
+        known = {0.0: (leg.score, leg.gradient)}
+        passes = 0
+        while refinements.running:
+            found = []
+            for ways in refinements.columns:
+                slope = known.get(ways[0]) if len(set(ways)) == 1 else None
+                if slope is None:
+                    slope = self._slope(scoring, leg.at(ways))
+                    passes += 1
+                if set(ways) == {1.0}:
+                    known[1.0] = slope
+                found.append((ways, *slope))
+            for row in refinements.running:
+                nodes = [
+                    Node(
+                        ways[row], float(scores[row]), (slopes[row],), float(slopes[row] @ leg.direction[row])
+                    )
+                    for ways, scores, slopes in found
+                ]
+                refinements.send(row, nodes)
+        (integral,) = refinements.integrals()
+        return leg.end, *known[1.0], integral * leg.direction, passes
 
     def _slope(self, scoring: Scoring, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and gradients at a point, all features of a sample in one row."""
@@ -273,48 +301,22 @@ class GuidedIntegratedGradients(PathAttributor):
         return score, _as_rows(gradients)
 
 
-class _Pace:
-    """How far one sample goes in each step, so that none misses more than its part of the gap that is allowed.
+class _Leg(NamedTuple):
+    """A straight piece of the guided path, with what is known at its beginning; all features of a sample in one row."""
 
-    Args:
-        least: how many steps are taken at least.
-        clock: when it is over, the rest is one step.
-        most: how many steps are tried at most; None takes the least, however much they miss.
-        allowed: the gap of all steps.
-    """
-
-    def __init__(self, least: int, clock: Clock, most: int | None = None, allowed: float = 0.0) -> None:
-        self.way = 0.0  # from 0 to 1, the part of all changes that is done
-        self._longest = self._step = 1 / least
-        self._tries = most
-        self._clock = clock
-        self._allowed = allowed
-        self._gap = 0.0
+    begin: Tensor
+    end: Tensor
+    score: Tensor
+    gradient: Tensor
 
     @property
-    def ahead(self) -> float:
-        """Where the next step leads."""
-        ahead = self.way + self._step
-        return 1.0 if ahead > 1 - _NOTHING else ahead
+    def direction(self) -> Tensor:
+        """Its end minus its beginning."""
+        return self.end - self.begin
 
-    def take(self, gap: float) -> bool:
-        """Tell whether a step that misses so much of its change is taken, or a shorter one is to be tried."""
-        length, rest = self.ahead - self.way, 1 - self.way
-        if self._tries is None or not rest:
-            self.way = self.ahead
-            return True
-        self._tries -= 1
-        part = max((self._allowed - abs(self._gap)) * length / rest, self._allowed * length)
-        if abs(gap) > part and length / 2 * self._tries >= rest and not self._clock.is_over:
-            self._step = length / 2
-            return False
-        self.way, self._gap = self.ahead, self._gap + gap
-        if abs(gap) < part / 4:
-            self._step = min(2 * length, self._longest)
-        if self.way < 1 and self._clock.is_over:
-            self._step = 1.0
-        self._step = max(self._step, (1 - self.way) / max(self._tries, 1))
-        return True
+    def at(self, ways: Sequence[float]) -> Tensor:
+        """Return where each sample is after a share of the leg."""
+        return torch.lerp(self.begin, self.end, self.begin.new_tensor(ways)[:, None])
 
 
 def _advance(position: Tensor, end: Tensor, gradient: Tensor, rest: Tensor, fraction: float) -> Tensor:

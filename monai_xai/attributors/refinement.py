@@ -108,7 +108,7 @@ class Node(NamedTuple):
     point: Tensors = ()
 
 
-class Piece(ABC):
+class PathPiece(ABC):
     """A piece of a path, of which the gradients in three places say how the score changes.
 
     Args:
@@ -141,7 +141,7 @@ class Piece(ABC):
         """Add the integral over this piece."""
 
 
-class StraightPiece(Piece):
+class StraightPiece(PathPiece):
     """A piece of a straight line, whose integral is of the gradient alone: its direction is the same all along."""
 
     @property
@@ -157,7 +157,7 @@ class StraightPiece(Piece):
                 total.add_(gradient, alpha=sum(weights) * self._half)
 
 
-class CurvedPiece(Piece):
+class CurvedPiece(PathPiece):
     """A piece of a curve, a parabola through three points, whose integral is of the gradient times the way."""
 
     def _steps(self, half: int) -> Iterator[Tensor]:
@@ -178,7 +178,7 @@ Refinement = Generator[tuple[float, ...], Sequence[Node], Tensors]
 
 
 def refine(
-    piece: Callable[[Node, Node, Node], Piece],
+    piece: Callable[[Node, Node, Node], PathPiece],
     share: float,
     least: int,
     most: int,
@@ -258,6 +258,6 @@ class Refinements:
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _by_gap(pieces: Sequence[Piece], choose: Callable[..., int]) -> int:
+def _by_gap(pieces: Sequence[PathPiece], choose: Callable[..., int]) -> int:
     """Return the index of the piece whose gap is largest or smallest in size."""
     return choose(range(len(pieces)), key=lambda i: abs(pieces[i].gap))
