@@ -315,13 +315,15 @@ def test_class_activation_maps_of_windows_are_blended_as_predictions_are(method)
 
 @pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
 def test_gradient_shap_states_the_error_of_its_sum():
-    """Over many seeds, the gap is within one error as often as of a normal distribution, or more, and not far below."""
+    """Over many seeds, the gap is within one and three errors about as often as a normal variable."""
     network, x = small_unet(act="TANH"), random_image(2, 2, 20, 16)
     baseline = Samples(random_image(5, 2, 20, 16, seed=3))
-    found = [explain(GradientShap(8, baseline, seed), network, x, RegionScore(1, BOX)) for seed in range(100)]
+    found = [
+        explain(GradientShap(16, baseline, seed), network, x, RegionScore(1, BOX)) for seed in range(100)
+    ]
     sizes = torch.stack([e.delta.abs().max() / e.facts["error_of_sum"] for e in found])
-    assert (sizes <= 1).double().mean() > 0.6
-    assert (sizes <= 3).double().mean() > 0.97
+    assert (sizes <= 1).double().mean() > 0.55
+    assert (sizes <= 3).double().mean() > 0.95
     assert sizes.median() > 0.1
     assert "error_of_sum" not in explain(GradientShap(1), network, x, RegionScore(1, BOX)).facts
 
