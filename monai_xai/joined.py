@@ -25,7 +25,9 @@ Returned = TypeVar("Returned")
 Gradient = tuple[Tensor, Tensors]
 
 ON_CPU = 1 / 16
-"""GiB of a batch on a CPU, if nothing is said: as measured, larger ones fall out of its caches and are slower."""
+"""GiB of a batch with its graph on a CPU, if nothing is said: larger ones fall out of its caches and are slower."""
+ON_CPU_WITHOUT_GRAPH = 1 / 32
+"""The same of a batch without a graph, whose memory is written over and over."""
 OF_GPU = 1 / 4
 """Share of a GPU's free memory that a batch may take, if nothing is said."""
 MOST_PARTS = 64
@@ -71,6 +73,8 @@ class Joined(ABC, Generic[Result]):
 
     _has_no_graph: ClassVar[bool] = False
     """Whether parts need little memory, so that volumes always go in pairs, which is quicker."""
+    _on_cpu: ClassVar[float] = ON_CPU
+    """GiB of a batch on a CPU, if nothing is said."""
     _measures_one: ClassVar[bool] = False
     """Whether a trial that comes alone is measured, for which no batch is made."""
 
@@ -132,7 +136,7 @@ class Joined(ABC, Generic[Result]):
         if self._memory_gib is not None:
             return self._memory_gib * GIB
         device = trial.like[0].device
-        return OF_GPU * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ON_CPU * GIB
+        return OF_GPU * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else self._on_cpu * GIB
 
     def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what trials give that fit together."""
@@ -244,6 +248,7 @@ class JoinedScores(Joined[Tensor]):
     """The scores of trials, each of shape (n,), without a graph."""
 
     _has_no_graph = True
+    _on_cpu = ON_CPU_WITHOUT_GRAPH
 
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Tensor]:
         first = trials[0]
