@@ -120,7 +120,8 @@ class Gated(nn.Module):
         return self.last(self.body(image) * self.scale(record).tanh()[:, :, None, None])
 
 
-IMAGE, LARGE, CUBE = {"image": (1, 32, 32)}, {"image": (1, 64, 64)}, {"image": (1, 16, 16, 16)}
+IMAGE, LARGE = {"image": (1, 32, 32)}, {"image": (1, 64, 64)}
+CUBE, VOLUME = {"image": (1, 16, 16, 16)}, {"image": (1, 32, 32, 32)}
 SUBJECTS: dict[str, Subject] = {
     "UNet 2D (PReLU, instance norm)": Subject(lambda: nets.UNet(2, 1, 2, (8, 16, 32), (2, 2)), IMAGE),
     "UNet 2D (ReLU, batch norm)": Subject(
@@ -128,7 +129,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "UNet 3D (PReLU, instance norm)": Subject(lambda: nets.UNet(3, 1, 2, (4, 8), (2,)), CUBE),
     "BasicUNet 2D": Subject(lambda: nets.BasicUNet(2, 1, 2, (8, 8, 16, 16, 16, 8)), IMAGE),
-    "BasicUNet 3D": Subject(lambda: nets.BasicUNet(3, 1, 2, (2, 2, 4, 4, 4, 2)), {"image": (1, 32, 32, 32)}),
+    "BasicUNet 3D": Subject(lambda: nets.BasicUNet(3, 1, 2, (2, 2, 4, 4, 4, 2)), VOLUME),
     "BasicUNet++ 2D": Subject(lambda: nets.BasicUNetPlusPlus(2, 1, 2, (8, 8, 8, 8, 8, 8)), IMAGE, head=0),
     "DynUNet 2D": Subject(
         lambda: nets.DynUNet(2, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 8, 16]), IMAGE
@@ -209,6 +210,63 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "Regressor 2D": Subject(lambda: nets.Regressor((1, 32, 32), (1,), (8, 16), (2, 2)), IMAGE, False),
     "Classifier 2D": Subject(lambda: nets.Classifier((1, 32, 32), 3, (8, 16), (2, 2)), IMAGE, False),
+    "UNet 2D (residual units, dropout)": Subject(
+        lambda: nets.UNet(2, 1, 2, (8, 16, 32), (2, 2), num_res_units=2, dropout=0.1), IMAGE
+    ),
+    "UNet 2D (GELU, group norm)": Subject(
+        lambda: nets.UNet(2, 1, 2, (8, 16, 32), (2, 2), act="GELU", norm=("GROUP", {"num_groups": 2})), IMAGE
+    ),
+    "DynUNet 3D": Subject(
+        lambda: nets.DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[4, 4, 8]), CUBE
+    ),
+    "SegResNetVAE 3D": Subject(
+        lambda: nets.SegResNetVAE((16, 16, 16), init_filters=8, in_channels=1, out_channels=2), CUBE, head=0
+    ),
+    "SegResNetDS 3D": Subject(
+        lambda: nets.SegResNetDS(3, init_filters=8, in_channels=1, out_channels=2, blocks_down=(1, 1, 1)),
+        CUBE,
+    ),
+    "VNet 3D": Subject(lambda: nets.VNet(3, 1, 2), CUBE),
+    "AttentionUnet 3D": Subject(lambda: nets.AttentionUnet(3, 1, 2, (4, 8), (2,)), CUBE),
+    "UNETR 3D": Subject(
+        lambda: nets.UNETR(1, 2, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3),
+        VOLUME,
+    ),
+    "HighResNet 3D": Subject(lambda: nets.HighResNet(3, 1, 2), {"image": (1, 12, 12, 12)}),
+    "MedNeXt 3D": Subject(
+        lambda: nets.MedNeXt(
+            *(3, 4, 1, 2),
+            **{
+                "encoder_expansion_ratio": 1,
+                "decoder_expansion_ratio": 1,
+                "bottleneck_expansion_ratio": 1,
+                "kernel_size": 3,
+            },
+            **{"blocks_down": (1, 1, 1, 1), "blocks_bottleneck": 1, "blocks_up": (1, 1, 1, 1)},
+        ),
+        VOLUME,
+    ),
+    "DenseNet 3D": Subject(
+        lambda: nets.DenseNet(3, 1, 3, init_features=8, growth_rate=4, block_config=(2, 2)), VOLUME, False
+    ),
+    "SEResNext50 2D": Subject(
+        lambda: nets.SEResNext50(spatial_dims=2, in_channels=1, num_classes=3), LARGE, False
+    ),
+    "ResNet50 2D": Subject(
+        lambda: nets.resnet50(spatial_dims=2, n_input_channels=1, num_classes=3), LARGE, False
+    ),
+    "ViT 3D": Subject(
+        lambda: nets.ViT(
+            *(1, (16, 16, 16), (8, 8, 8)),
+            **{"hidden_size": 24, "mlp_dim": 48, "num_layers": 3, "num_heads": 3},
+            **{"classification": True, "num_classes": 3},
+        ),
+        CUBE,
+        False,
+        head=0,
+    ),
+    "Regressor 3D": Subject(lambda: nets.Regressor((1, 16, 16, 16), (1,), (4, 8), (2, 2)), CUBE, False),
+    "Classifier 3D": Subject(lambda: nets.Classifier((1, 16, 16, 16), 3, (4, 8), (2, 2)), CUBE, False),
     "image + table": Subject(ImageAndTable, {"image": (1, 32, 32), "table": (5,)}, False),
     "CT + PET, two grids": Subject(TwoGrids, {"ct": (1, 24, 24, 24), "pet": (1, 16, 16, 16)}, False),
     "image + record, segmentation": Subject(Gated, {"image": (2, 32, 32), "record": (3,)}),
@@ -392,7 +450,7 @@ METHODS: dict[str, tuple[xai.Attributor, Check]] = {
     "IntegratedGradients (auto)": (xai.IntegratedGradients(baseline="auto"), by_completeness),
     "BlurIntegratedGradients": (xai.BlurIntegratedGradients(), by_completeness),
     "GuidedIntegratedGradients": (
-        xai.GuidedIntegratedGradients(baseline="auto", tolerance=0.03, max_steps=1000),
+        xai.GuidedIntegratedGradients(baseline="auto", tolerance=0.03, max_steps=600),
         by_completeness,
     ),
     "GradientShap": (xai.GradientShap(n_samples=64, baseline=NOISE), by_sampling_error),
