@@ -626,8 +626,9 @@ def table(outcomes: Sequence[tuple[str, str, str, Outcome]]) -> str:
         "Checked by: finite differences (gradients), scores computed by hand (methods that add up; DeepLift to 1e-6, "
         "sampled and integrated ones to 5 %), relevance on the map plus that of biases (LRP, FullGrad), a masked call "
         "by hand (ablation), efficiency (Shapley), distance from the plain gradient (guided methods). Class activation "
-        "maps, LIME and RISE are finite here; their formulas are tested against slow rewrites. *Approximate* is a "
-        "sampled expectation whose error is stated, and above 5 %.",
+        "maps, LIME and RISE are finite here; their formulas are tested against slow rewrites. A sampled "
+        "expectation (GradientShap) is right within 5 %, or within three of the standard errors that it states. "
+        "*Approximate* has a larger gap, and says so.",
         "",
         "## Stock Captum in the same run",
         "",

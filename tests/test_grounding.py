@@ -28,6 +28,7 @@ from monai_xai import (
     Occlusion,
     OutputScore,
     RegionScore,
+    Supervoxels,
 )
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
@@ -522,3 +523,6 @@ def test_a_painted_map_is_no_finer_than_its_windows_or_features():
     blocks = body_of(FeatureAblation(Blocks(6), Constant(0.0)))
     count = BODY.reshape(4, 6, 4, 6).any(3).any(1)
     assert torch.equal(blocks, count.repeat_interleave(6, 0).repeat_interleave(6, 1))
+    supervoxels = body_of(FeatureAblation(Supervoxels(20), Constant(0.0)))
+    assert (supervoxels | ~BODY).all()
+    assert BODY.sum() < supervoxels.sum() < BODY.numel()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
-from monai_xai.features import as_features
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
 from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known
 from monai_xai.metrics.base import grown
@@ -277,9 +276,9 @@ def reached(e: Evidence) -> Tensor:
         window = window[list(e.inputs).index(e.grid)]
     if isinstance(window, Sequence) and len(window) == body.ndim - 1:
         body = grown(body, [int(size) - 1 for size in window[1:]])
-    features = getattr(attributor, "features", None)
+    features = e.explanation.features  # as they lie on this case
     if attributor.paints and features is not None:
-        numbers = as_features(features).mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
+        numbers = features.mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
         body = torch.isin(numbers, numbers[body.expand_as(numbers)].unique()).any(1, keepdim=True)
     return body
 
