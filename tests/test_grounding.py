@@ -511,9 +511,9 @@ def test_a_painted_map_is_no_finer_than_its_windows_or_features():
     masked = [replace(case, inputs=case.inputs * BODY) for case in CASES[:1]]
     inside = {"case0": REGIONS["case0"]}
 
-    def body_of(attributor):
+    def body_of(attributor, case=masked[0]):
         explainer = Explainer(ClassScore(1), attributor, progress=False)
-        found = gather(explainer, USES_LESION[0], masked[0], inside["case0"], BODY)
+        found = gather(explainer, USES_LESION[0], case, inside["case0"], BODY)
         return reached(found)[0, 0]
 
     assert torch.equal(body_of(GRADIENTS), BODY)
@@ -523,6 +523,6 @@ def test_a_painted_map_is_no_finer_than_its_windows_or_features():
     blocks = body_of(FeatureAblation(Blocks(6), Constant(0.0)))
     count = BODY.reshape(4, 6, 4, 6).any(3).any(1)
     assert torch.equal(blocks, count.repeat_interleave(6, 0).repeat_interleave(6, 1))
-    supervoxels = body_of(FeatureAblation(Supervoxels(20), Constant(0.0)))
+    supervoxels = body_of(FeatureAblation(Supervoxels(20), Constant(0.0)), CASES[0])
     assert (supervoxels | ~BODY).all()
     assert BODY.sum() < supervoxels.sum() < BODY.numel()
