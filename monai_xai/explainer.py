@@ -54,13 +54,14 @@ class Explainer:
             an explainer says which other setting of the method closes the gap on this network and case, as measured,
             where one attribution takes less than half a minute.
         on_gap: "raise" makes an :class:`~monai_xai.AttributionError` of it. No map is ever rescaled to add up.
-        memory_gib: what a batch of windows or perturbed inputs may take; None: what is quickest on a CPU (64 MiB), a
-            quarter of what is free on a GPU. Results do not depend on it but for rounding. Gradients of a window that
-            takes more go through the network alone.
-        max_seconds: after which an explanation ends with the best it has, where the method can end early: adaptive
-            ``IntegratedGradients``, and methods that draw samples. Its error is reported as ever (``delta``,
+        memory_gib: what a batch of windows or perturbed inputs may take; None: what is quickest on a CPU (64 MiB with a
+            graph, 32 without), a quarter of what is free on a GPU. Results do not depend on it but for rounding.
+            Gradients of a window that takes more go through the network alone.
+        max_seconds: after which an explanation ends with the best it has, where the method can end early: path methods
+            that are refined until they add up, and methods that draw samples. Its error is reported as ever (``delta``,
             ``standard_error``), and ``facts["ended_after"]`` says that it was cut. The time is that of one call, over
-            all targets, and is overrun by what a method needs at least, such as three passes of each window.
+            all targets, and is overrun by what a method needs at least, such as three passes of each window, or the 101
+            of a guided path.
         spread: whether the windows of a case are shared out among the processes that ``torchrun`` has started, all of
             which must explain the same cases and get the same explanation. For methods that find each window's part by
             itself (``by_window``), and targets linear in the output; others are computed in every process.
@@ -101,8 +102,8 @@ class Explainer:
         if self.max_seconds is not None and not self.attributor.ends_early:
             raise InputError(
                 f"Explainer(max_seconds={self.max_seconds}): {self.attributor} is whole or nothing and cannot end "
-                "early. Take an adaptive IntegratedGradients(), or a method that draws samples, such as "
-                "ShapleyValueSampling(); or make it cheaper: a smaller region, larger blocks."
+                "early. Take a path that is refined, such as IntegratedGradients(), or a method that draws samples, "
+                "such as ShapleyValueSampling(); or make it cheaper: a smaller region, larger blocks."
             )
         object.__setattr__(self, "inferer", as_inferer(self.inferer))
         object.__setattr__(self, "target", as_targets(self.target))

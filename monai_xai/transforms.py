@@ -119,8 +119,8 @@ class FlattenAttributionsd(FlattenSubKeysd):
 
     Args:
         keys: the key of ``AttributionHandler``, which is also the first part of the new keys.
-        saved: the new keys that transforms after this one save; maps under other ones are warned of, once, since
-            nothing else would tell that they stay unsaved. None: nobody is to save any.
+        saved: the new keys that transforms after this one save; maps of images under other ones are warned of, once,
+            since nothing else would tell that they stay unsaved. None: nobody is to save any.
     """
 
     def __init__(self, keys: str = "attribution", saved: KeysCollection | None = None) -> None:
@@ -133,7 +133,7 @@ class FlattenAttributionsd(FlattenSubKeysd):
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = {name: values for name, values in d[key].items() if not torch.isnan(values).all()}
-            self._warn_of_unsaved({f"{key}_{name}" for name in d[key]})
+            self._warn_of_unsaved({f"{key}_{name}" for name, values in d[key].items() if values.ndim > 1})
         return dict(super().__call__(d))  # type: ignore[no-untyped-call]
 
     def _warn_of_unsaved(self, found: set[str]) -> None:

@@ -44,6 +44,8 @@ from monai_xai import (
     Samples,
     UnsupportedNetworkError,
 )
+from monai_xai.attributors.base import add_up
+from monai_xai.attributors.gradients import _error_of_sum
 from monai_xai.attributors.integrated import gauss_legendre
 
 SHAPE = (2, 6, 5)
@@ -326,6 +328,23 @@ def test_gradient_shap_states_the_error_of_its_sum():
     assert (sizes <= 3).double().mean() > 0.95
     assert sizes.median() > 0.1
     assert "error_of_sum" not in explain(GradientShap(1), network, x, RegionScore(1, BOX)).facts
+
+
+def test_facts_that_some_parts_lack_are_left_out():
+    whole = add_up([{"passes": 2, "error_of_sum": 0.1, "kind": "a"}, {"passes": 1, "kind": "a"}], [0.5, 0.5])
+    assert whole == {"passes": 1.5, "kind": "a"}
+    both = add_up([{"error_of_sum": 0.1, "kind": "a"}, {"error_of_sum": 0.2, "kind": "b"}], [0.5, 0.5])
+    assert both == {"error_of_sum": pytest.approx(0.3)}
+
+
+def test_the_error_of_a_sum_that_was_cut_counts_what_differs_between_parts():
+    """Of samples that rise along the way, a random few differ more than neighbors of all."""
+    rising = [torch.tensor([float(i)]) for i in range(64)]
+    assert _error_of_sum(rising, is_whole=True)["error_of_sum"] == pytest.approx((1 / 2 / 64) ** 0.5)
+    few = rising[::8]
+    assert _error_of_sum(few, is_whole=False)["error_of_sum"] == pytest.approx(
+        float(torch.cat(few).std()) / 8**0.5
+    )
 
 
 # ----------------------------------------------------------------------------------------- adaptive integration

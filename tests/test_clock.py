@@ -11,10 +11,12 @@ from networks import Rows, random_image, small_unet
 
 from monai_xai import (
     Blocks,
+    BlurIntegratedGradients,
     Box,
     CompletenessWarning,
     Explainer,
     GradientShap,
+    GuidedIntegratedGradients,
     InputError,
     IntegratedGradients,
     KernelShap,
@@ -34,6 +36,8 @@ INFERER = SlidingWindowInferer((16, 16), overlap=0.5)
 MANY = {
     "adaptive": IntegratedGradients(baseline=Noise(), tolerance=1e-9, max_steps=255),
     "baselines": IntegratedGradients(baseline=Samples(random_image(3, 2, 32, 32)), tolerance=1e-9),
+    "blurred": BlurIntegratedGradients(tolerance=1e-9, max_steps=10**4 - 1),
+    "guided": GuidedIntegratedGradients(1000, tolerance=1e-9, max_steps=10**4),
     "GradientShap": GradientShap(4000),
     "NoiseTunnel": NoiseTunnel(Saliency(), n_samples=4000),
     "VarGrad": NoiseTunnel(Saliency(), kind="vargrad", n_samples=4000),

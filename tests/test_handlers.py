@@ -206,6 +206,10 @@ def test_maps_that_nobody_saves_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnsavedMapWarning)
         engine.run()
+    with warnings.catch_warnings():  # a vector, which is no image to be saved
+        warnings.simplefilter("error", UnsavedMapWarning)
+        maps = {"image": torch.rand(1, 4, 4), "clinical": torch.rand(3)}
+        FlattenAttributionsd(saved="attribution_image")({"attribution": maps})
     named = AttributionHandler({"gradient": EXPLAINER}, 2)
     engine = evaluator([named], postprocessing=Compose([FlattenAttributionsd(saved="attribution_image")]))
     with pytest.warns(

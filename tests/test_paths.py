@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -28,7 +29,9 @@ from monai_xai import (
     RegionScore,
     Samples,
 )
+from monai_xai.attributors.refinement import Node, StraightPiece, refine
 from monai_xai.baselines import Blur
+from monai_xai.clock import Clock
 
 pytestmark = pytest.mark.filterwarnings("ignore::monai_xai.CompletenessWarning")
 
@@ -39,7 +42,7 @@ METHODS = [
     BlurIntegratedGradients(6, Blur(1.5)),
     BlurIntegratedGradients(baseline=Blur(1.5)),
     GuidedIntegratedGradients(6, baseline=Blur(1.5)),
-    GuidedIntegratedGradients(baseline=Blur(1.5), max_steps=80),
+    GuidedIntegratedGradients(8, baseline=Blur(1.5), tolerance=1e-3, max_steps=60),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 each_dims = pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
@@ -322,27 +325,122 @@ def test_the_steps_of_a_refined_guided_path_are_those_of_the_algorithm():
     assert (steps - expected).norm() > 0.05 * expected.norm()
 
 
-def test_refinement_ends_at_its_last_step_and_says_what_is_missing():
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlurIntegratedGradients(tolerance=1e-12, max_steps=9),
+        *(GuidedIntegratedGradients(tolerance=1e-12, max_steps=n) for n in (30, 100, 301)),
+        GuidedIntegratedGradients(20, tolerance=1e-12, max_steps=60),
+    ],
+    ids=str,
+)
+def test_refinement_ends_at_its_last_step_and_says_what_is_missing(method):
     network, x = small_unet(norm="INSTANCE"), random_image(1, 2, *SIDES[2])
-    for method, passes in (
-        (BlurIntegratedGradients(tolerance=1e-12, max_steps=9), 9),
-        (GuidedIntegratedGradients(tolerance=1e-12, max_steps=30), 31),
-        (GuidedIntegratedGradients(tolerance=1e-12, max_steps=301), 301),
-    ):
-        explanation = explain(method, network, x, RegionScore(1, BOXES[2]))
-        assert explanation.facts["passes"] <= passes
-        assert explanation.gap > 1e-12
+    explanation = explain(method, network, x, RegionScore(1, BOXES[2]))
+    assert method.max_steps - 2 <= explanation.facts["passes"] <= method.max_steps
+    assert explanation.gap > 1e-12
+
+
+class Staircase(nn.Module):
+    """Flat for most features, and steep and full of edges for the last, which move last."""
+
+    def forward(self, x):
+        last = x[:, -10:]
+        return (0.01 * x[:, :-10].sum(1) + (last[..., None] - torch.linspace(0, 1, 30)).relu().sum((1, 2)))[
+            :, None
+        ]
+
+
+def test_the_last_legs_of_the_guided_path_keep_their_part_of_the_passes():
+    x = torch.linspace(0.5, 1.0, 100)[None].double()
+    loose, strict = (
+        explain(GuidedIntegratedGradients(baseline=0.0, tolerance=t), Staircase(), x) for t in (1e-4, 1e-9)
+    )
+    assert float(loose.gap) <= 1e-4
+    assert strict.facts["passes"] <= 500
+    assert float(strict.gap) <= 1e-4
+
+
+def test_an_easy_sample_keeps_its_passes_beside_a_hard_one():
+    class Mixed(nn.Module):
+        """Edges at many places for the second sample alone, which has a mark in its first feature."""
+
+        def forward(self, x):
+            edges = torch.sin(300 * x[:, 1:]).relu().sum(1)
+            smooth = x[:, 1:].square().sum(1) + (x[:, 1:] - 0.4).relu().sum(1)
+            return (smooth + 5 * x[:, 0].clamp(0, 1) * edges)[:, None]
+
+    x = torch.rand(2, 30, generator=torch.Generator().manual_seed(0)).double()
+    x[:, 0] = torch.tensor([0.0, 1.0])
+    method = GuidedIntegratedGradients(10, baseline=0.0, tolerance=1e-3, max_steps=80)
+    both, alone = explain(method, Mixed(), x), explain(method, Mixed(), x[:1])
+    torch.testing.assert_close(
+        both.attributions["input"][:1], alone.attributions["input"], rtol=0, atol=1e-12
+    )
+    assert both.gap[1] > 1e-3 > both.gap[0]
+
+
+def test_little_memory_costs_passes_and_changes_no_more():
+    def integrate(kept):
+        def node(way):
+            slope = 1 + 18 * math.cos(60 * way)
+            return Node(way, way + 0.3 * math.sin(60 * way), (torch.tensor(slope).double(),), slope)
+
+        refinement, taken = refine(StraightPiece, 0.01, 1, 1000, Clock(), kept=kept), 0
+        ways = next(refinement)
+        while True:
+            taken += len(ways)
+            try:
+                ways = refinement.send([node(way) for way in ways])
+            except StopIteration as end:
+                return float(end.value[0]), taken
+
+    (much, enough), (little, more) = integrate(10**6), integrate(4)
+    assert abs(much - (1 + 0.3 * math.sin(60))) <= 0.01
+    assert little == pytest.approx(much, abs=1e-9)
+    assert enough < more < 3 * enough
+
+
+def test_a_path_that_is_steep_at_its_end_alone_is_refined_there():
+    class Late(nn.Module):
+        def forward(self, x):
+            mean = x.mean(1)
+            return ((mean - 0.97).relu() * torch.sin(9000 * mean) * 5 + mean)[:, None]
+
+    x = torch.ones(1, 20).double()
+    method = IntegratedGradients(baseline=0.0, tolerance=1e-3, max_steps=1000)
+    assert float(explain(method, Late(), x).gap) <= 1e-3
+
+
+def test_a_piece_is_taken_back_by_the_rule_by_which_it_was_added():
+    """Both rules miss as much as each other, and rounding decides between them."""
+
+    def nodes(error):
+        slopes = ((0.0, 0.0), (0.5, 0.0), (1.0, 1.0))
+        return [Node(w, (5 / 24 + error) * w, (torch.tensor([g]).double(),), g) for w, g in slopes]
+
+    added, again = StraightPiece(*nodes(1e-7)), StraightPiece(*nodes(-1e-7))
+    assert added.rule != again.rule
+    again.rule = added.rule
+    totals = [torch.zeros(1).double()]
+    added.add_to(totals)
+    assert totals[0].any()
+    again.add_to(totals, -1.0)
+    assert not totals[0].any()
 
 
 def test_a_long_path_ends_when_its_time_is_over():
     network, x = small_unet(), random_image(1, 2, *SIDES[2])
-    for method in (BlurIntegratedGradients(tolerance=1e-12), GuidedIntegratedGradients(tolerance=1e-12)):
+    for method, passes in (
+        (BlurIntegratedGradients(tolerance=1e-12), 3),
+        (GuidedIntegratedGradients(tolerance=1e-12), 101),
+    ):
         explainer = Explainer(
             RegionScore(1, BOXES[2]), method, max_seconds=1e-9, progress=False, tolerated_gap=10.0
         )
         explanation = explainer(network, x)
         assert explanation.facts["ended_after"] == 1e-9
-        assert explanation.facts["passes"] <= 101
+        assert explanation.facts["passes"] == passes
 
 
 @each_method
@@ -365,7 +463,7 @@ def test_paths_are_averaged_over_the_samples_of_a_vector(method):
     inputs = {"image": random_image(1, 1, *SIDES[2]), "vector": random_image(1, 3, seed=2)}
 
     def maps(baseline):
-        own = type(method)(4, baseline={"image": Blur(1.5), "vector": baseline})
+        own = replace(method, baseline={"image": Blur(1.5), "vector": baseline})
         return explain(own, network, inputs, RegionScore(1, BOXES[2]))
 
     together, single = maps(Samples(values)), [maps(Constant(value[None])) for value in values]
@@ -391,6 +489,21 @@ def test_the_guided_path_ends_with_an_error_where_the_gradient_is_nan():
         explain(GuidedIntegratedGradients(3, baseline=0.0), Root(), torch.ones(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize(("method", "passes"), [(IntegratedGradients, 3), (GuidedIntegratedGradients, 101)])
+def test_a_gradient_that_is_nan_is_not_refined(method, passes):
+    calls = 0
+
+    class Root(nn.Module):
+        def forward(self, x):
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+            return (x.sqrt() * 0).flatten(1).sum(1, keepdim=True) + x.mean((1, 2, 3))[:, None]
+
+    with pytest.raises(monai_xai.AttributionError, match="no finite gradient"):
+        explain(method(baseline=0.0), Root(), torch.ones(1, 1, 4, 4))
+    assert calls <= passes + 1
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 
@@ -398,6 +511,9 @@ def test_the_guided_path_ends_with_an_error_where_the_gradient_is_nan():
     ("make", "message"),
     [
         (lambda: BlurIntegratedGradients(0), r"BlurIntegratedGradients\(n_steps=0\)"),
+        (lambda: IntegratedGradients(8, max_steps=None), r"max_steps=None.*whole number"),
+        (lambda: IntegratedGradients(tolerance=float("nan")), r"tolerance=nan.*positive"),
+        (lambda: GuidedIntegratedGradients(300, tolerance=0.01), "takes 601 gradients at least"),
         (lambda: GuidedIntegratedGradients(2.5), r"n_steps=2.5.*whole number"),
         (lambda: GuidedIntegratedGradients(fraction=0.0), r"fraction=0.0.*\(0, 1\]"),
         (lambda: GuidedIntegratedGradients(fraction=25), "fraction=25"),

@@ -159,6 +159,7 @@ def _adaptive() -> tuple[Explanation, ...]:
         _ask(IntegratedGradients(baseline=Noise(), tolerance=0.001), spread=True),
         _ask(IntegratedGradients(baseline="auto"), spread=True),
         _ask(ShapleyValueSampling(Blocks(4), n_samples=400, tolerance=0.02), spread=True),
+        _ask(BlurIntegratedGradients(tolerance=0.001), spread=True),
     )
 
 
@@ -197,7 +198,8 @@ def test_windows_of_a_case_are_shared_out_and_add_up() -> None:
 
 
 def test_what_is_refined_together_adds_up_to_its_tolerance() -> None:
-    for refined, automatic, drawn in in_processes(2, _adaptive):
+    for refined, automatic, drawn, blurred in in_processes(2, _adaptive):
+        assert blurred.gap is not None and float(blurred.gap.max()) <= 0.001
         assert refined.gap is not None and float(refined.gap.max()) <= 0.001
         assert automatic.gap is not None and float(automatic.gap.max()) <= 0.01
         change = (drawn.score - drawn.baseline_score).abs()

@@ -188,7 +188,8 @@ def add_up(parts: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[
     for name in parts[0]:
         values = [part.get(name) for part in parts]
         if name in combined:
-            found[name] = combined[name](values)  # type: ignore[arg-type]
+            if None not in values:
+                found[name] = combined[name](values)  # type: ignore[arg-type]
         elif all(value == values[0] for value in values):
             found[name] = values[0]
     return found

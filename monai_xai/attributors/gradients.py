@@ -122,16 +122,21 @@ class GradientShap(BaselineAttributor):
         baseline_score = torch.stack([scores[choice] for choice in taken]).mean(0)
         maps = scoring.named([total / len(taken) for total in totals])
         ordered = [scores[choice] + total for _, (choice, total) in sorted(sums.items())]
-        facts = {"passes": len(taken), **_error_of_sum(ordered)}
+        facts = {"passes": len(taken), **_error_of_sum(ordered, is_whole=len(taken) == self.n_samples)}
         return Attribution(maps, scoring.score(), baseline_score, facts)
 
 
-def _error_of_sum(sums: Sequence[Tensor]) -> dict[str, float]:
-    """Return the standard error of a mean of stratified samples, each (N,), in order; nothing of a single one."""
+def _error_of_sum(sums: Sequence[Tensor], is_whole: bool) -> dict[str, float]:
+    """Return the standard error of the mean of samples, each (N,), in their order on the way; nothing of a single one.
+
+    Args:
+        sums: the samples.
+        is_whole: whether there is one from every part of the way: only then what differs between parts is no chance.
+    """
     if len(sums) < 2:
         return {}
-    steps = torch.stack(list(sums)).diff(dim=0)
-    variance = steps.square().mean(0) / 2
+    samples = torch.stack(list(sums))
+    variance = samples.diff(dim=0).square().mean(0) / 2 if is_whole else samples.var(0)
     return {"error_of_sum": float((variance / len(sums)).sqrt().max())}
 
 

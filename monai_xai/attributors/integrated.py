@@ -18,6 +18,7 @@ from monai_xai.attributors.refinement import (
     PathAttributor,
     Refinements,
     StraightPiece,
+    pieces_kept,
     refine,
 )
 from monai_xai.baselines import BaselineLike, Blur
@@ -120,9 +121,9 @@ class IntegratedGradients(PathAttributor):
 
     def _refine(self, path: _Path, shares: Tensor, clock: Clock) -> Asking[tuple[Tensors, int]]:
         """Return the maps of one term, refined for each of its samples, and how many passes that took."""
-        least = self.n_steps or 1
+        least, kept = self.n_steps or 1, pieces_kept(sum(x.nbytes for x in path.inputs))
         refinements = Refinements(
-            refine(StraightPiece, float(share), least, self.max_steps, clock) for share in shares
+            refine(StraightPiece, float(share), least, self.max_steps, clock, kept=kept) for share in shares
         )
         passes = 0
         while refinements.running:

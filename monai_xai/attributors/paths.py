@@ -5,31 +5,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, average
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
 from monai_xai.attributors.refinement import (
-    PIECES_KEPT,
     CurvedPiece,
     Node,
     PathAttributor,
     Refinements,
     StraightPiece,
+    pieces_kept,
     refine,
 )
 from monai_xai.baselines import BaselineLike, Blur
+from monai_xai.clock import Clock
 from monai_xai.errors import InputError
+from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
-from monai_xai.memory import GIB
 from monai_xai.terms import Tensors
 
-_HELD_GIB = 1.0  # by all pieces of a path of whole images
-_LEAST_KEPT = 4  # pieces, however large
 _STEPS = 50  # of the guided path, before each of which features are chosen anew
-_SPENT_AT_ONCE = 4  # times its equal part of the passes that are to spare, which one leg may use
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ class BlurIntegratedGradients(PathAttributor):
             )
 
     def remedies(self) -> Iterator[Attributor]:
-        if not self.is_adaptive:
-            assert self.n_steps is not None
-            yield replace(self, n_steps=4 * self.n_steps)
+        return self.finer()  # any other baseline would be another path
 
     def attribute(self, scoring: Scoring) -> Attribution:
         blurs, score = self._blurs(scoring), scoring.score()
@@ -129,7 +126,7 @@ class BlurIntegratedGradients(PathAttributor):
 
     def _refine(self, scoring: Scoring, focus: _Focus, allowed: Tensor) -> tuple[Sequence[Tensor], int]:
         """Return maps, and the number of passes, refined for each sample until they add up."""
-        kept = _kept(2 * sum(x[:1].nbytes for x in scoring.values))  # gradients and points
+        kept = pieces_kept(2 * sum(x.nbytes for x in scoring.values))  # gradients and points
         least = self.n_steps or 1
         refinements = Refinements(
             refine(CurvedPiece, float(share), least, self.max_steps, scoring.clock, kept=kept)
@@ -175,11 +172,6 @@ class _Focus(NamedTuple):
         ]
 
 
-def _kept(node: int) -> int:
-    """Return how many pieces may hold their nodes, of so many bytes: two in each, besides the first."""
-    return min(max(int(_HELD_GIB * GIB / (2 * node)), _LEAST_KEPT), PIECES_KEPT)
-
-
 def _row(tensors: Sequence[Tensor], row: int) -> Tensors:
     """Return one sample of each tensor."""
     return tuple(x[row] if len(x) == 1 else x[row].clone() for x in tensors)
@@ -201,7 +193,8 @@ class GuidedIntegratedGradients(PathAttributor):
         baseline: what the input is held against; attributions are averaged over several (``Samples``).
         tolerance: the completeness gap, relative to ``|score - baseline_score|``, of which each step may have its part;
             0.01 if neither it nor ``n_steps`` is given.
-        max_steps: how many gradients are taken at most.
+        max_steps: how many gradients a sample takes at most; ``facts["passes"]`` counts calls for all of a batch, which
+            refine in different places.
 
     Each sample takes a path of its own. Its features are the values of all of its inputs together, whose changes and
     gradients are compared as they are: bring inputs to a similar scale, or vectors are moved among the first or last.
@@ -235,6 +228,17 @@ class GuidedIntegratedGradients(PathAttributor):
                 f"GuidedIntegratedGradients(fraction={self.fraction}) must be a share of the features in (0, 1], such "
                 "as 0.25."
             )
+        if self.is_adaptive and (needed := 2 * (self.n_steps or 1) + 1) > self.max_steps:
+            raise InputError(
+                f"{self} takes {needed} gradients at least, two for each step, and max_steps={self.max_steps} allows "
+                "fewer."
+            )
+
+    def remedies(self) -> Iterator[Attributor]:
+        if not self.is_adaptive:  # more steps would follow the edges of ReLU as well
+            assert self.n_steps is not None
+            yield replace(self, tolerance=0.01, max_steps=max(self.max_steps, 10 * self.n_steps))
+        yield from BaselineAttributor.remedies(self)
 
     def attribute(self, scoring: Scoring) -> Attribution:
         return average([self._follow(part, start) for part, start in self.in_turn(scoring)])
@@ -242,35 +246,46 @@ class GuidedIntegratedGradients(PathAttributor):
     def _follow(self, scoring: Scoring, start: Tensors) -> Attribution:
         here, end = _as_rows(start), _as_rows(scoring.values)
         score, gradient = self._slope(scoring, here)
-        baseline_score, gap, total, passes = score, torch.zeros_like(score), torch.zeros_like(end), 1
+        baseline_score, gap, total = score, torch.zeros_like(score), torch.zeros_like(end)
         change = scoring.score() - score if self.is_adaptive else torch.zeros_like(score)
         allowed = self.allowed(scoring, score + change, change)
-        length, steps = (end - here).abs().sum(1), self.n_steps or min(_STEPS, self.max_steps // 2)
+        length, steps = (end - here).abs().sum(1), self.n_steps or min(_STEPS, (self.max_steps - 1) // 2)
+        clocks = scoring.clock.split(steps)
+        passes, taken = 1, [1] * len(here)
         for step in scoring.track(range(1, steps + 1), self.name):
             rest, left = length * (1 - step / steps), steps - step + 1
             rows = zip(here, end, gradient, rest, strict=True)
-            leg = _Leg(here, torch.stack([_advance(*row, self.fraction) for row in rows]), score, gradient)
+            there = torch.stack([_advance(*row, self.fraction) for row in rows])
+            leg = _Leg(here, there, score, gradient)
             if self.is_adaptive:
-                share = torch.maximum((allowed - gap.abs()) / left, allowed / steps)
-                spare = max(self.max_steps - passes - 2 * left, 0) // left  # passes, over two for each leg
-                here, score, gradient, integral, used = self._refine(scoring, leg, share, spare)
+                share = torch.maximum((allowed - gap.abs()) / left, allowed / steps) + rounding(score, score)
+                spare = [max(self.max_steps - count - 2 * left, 0) // left for count in taken]
+                walked = self._refine(scoring, leg, share, spare, clocks[step - 1])
             else:
-                here, used = leg.end, 1
-                score, gradient = self._slope(scoring, here)
-                integral = leg.direction * (leg.gradient + gradient) / 2
-            total += integral
-            gap += integral.sum(1) - (score - leg.score)
-            passes += used
+                walked = self._step(scoring, leg)
+            here, score, gradient = there, walked.score, walked.gradient
+            total += walked.integral
+            gap += walked.integral.sum(1) - (score - leg.score)
+            passes += walked.passes
+            taken = [a + b for a, b in zip(taken, walked.taken, strict=True)]
+            if gap.isnan().any():
+                break  # no map will come of it
         maps = scoring.named(_as_inputs(total, scoring.values))
         return Attribution(maps, score, baseline_score, {"passes": passes})
 
+    def _step(self, scoring: Scoring, leg: _Leg) -> _Walked:
+        """Take the mean of the gradients at both ends of a leg."""
+        score, gradient = self._slope(scoring, leg.end)
+        return _Walked(leg.direction * (leg.gradient + gradient) / 2, score, gradient, 1, [1] * len(score))
+
     def _refine(
-        self, scoring: Scoring, leg: _Leg, shares: Tensor, spare: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """Return the end of a leg with score and gradient, the integral along it, and how many passes it took."""
-        most, kept = 3 + _SPENT_AT_ONCE * spare, _kept(leg.begin[:1].nbytes)
+        self, scoring: Scoring, leg: _Leg, shares: Tensor, spare: Sequence[int], clock: Clock
+    ) -> _Walked:
+        """Refine a leg for each sample, which may take so many gradients besides those in its middle and at its end."""
+        kept = pieces_kept(leg.begin.nbytes)
         refinements = Refinements(
-            refine(StraightPiece, float(share), 1, most, scoring.clock, kept=kept) for share in shares
+            refine(StraightPiece, float(share), 1, 3 + more, clock, kept=kept)
+            for share, more in zip(shares, spare, strict=True)
         )
         known = {0.0: (leg.score, leg.gradient)}
         passes = 0
@@ -287,13 +302,17 @@ class GuidedIntegratedGradients(PathAttributor):
             for row in refinements.running:
                 nodes = [
                     Node(
-                        ways[row], float(scores[row]), (slopes[row],), float(slopes[row] @ leg.direction[row])
+                        ways[row],
+                        float(scores[row]),
+                        _row((slopes,), row),
+                        float((slopes[row] * leg.direction[row]).sum()),
                     )
                     for ways, scores, slopes in found
                 ]
                 refinements.send(row, nodes)
         (integral,) = refinements.integrals()
-        return leg.end, *known[1.0], integral * leg.direction, passes
+        taken = [count - 1 for count in refinements.taken]  # the first is the end of the leg before
+        return _Walked(integral * leg.direction, *known[1.0], passes, taken)
 
     def _slope(self, scoring: Scoring, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores and gradients at a point, all features of a sample in one row."""
@@ -301,7 +320,8 @@ class GuidedIntegratedGradients(PathAttributor):
         return score, _as_rows(gradients)
 
 
-class _Leg(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Leg:
     """A straight piece of the guided path, with what is known at its beginning; all features of a sample in one row."""
 
     begin: Tensor
@@ -309,7 +329,7 @@ class _Leg(NamedTuple):
     score: Tensor
     gradient: Tensor
 
-    @property
+    @cached_property
     def direction(self) -> Tensor:
         """Its end minus its beginning."""
         return self.end - self.begin
@@ -319,6 +339,24 @@ class _Leg(NamedTuple):
         return torch.lerp(self.begin, self.end, self.begin.new_tensor(ways)[:, None])
 
 
+class _Walked(NamedTuple):
+    """What a leg has given.
+
+    Args:
+        integral: of the gradient along it.
+        score: at its end.
+        gradient: at its end.
+        passes: how often the network was asked.
+        taken: how many gradients each sample has used.
+    """
+
+    integral: Tensor
+    score: Tensor
+    gradient: Tensor
+    passes: int
+    taken: list[int]
+
+
 def _advance(position: Tensor, end: Tensor, gradient: Tensor, rest: Tensor, fraction: float) -> Tensor:
     """Return where a sample is after one step: as far from its end as ``rest``, the sum of absolute differences.
 
@@ -326,10 +364,8 @@ def _advance(position: Tensor, end: Tensor, gradient: Tensor, rest: Tensor, frac
     """
     away = (end - position).abs()
     size = gradient.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).masked_fill(away == 0, torch.inf)
-    order, passed = (
-        size.sort().values,
-        0,
-    )  # no kthvalue, which is refused where algorithms must be deterministic
+    order = size.sort().values  # no kthvalue, which is refused where algorithms must be deterministic
+    passed = 0
     while (excess := away.sum() - rest) > 0:
         threshold = order[min(passed + int(fraction * (len(order) - 1)), len(order) - 1)]
         chosen = (size <= threshold) & (away > 0)

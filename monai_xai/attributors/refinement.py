@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -15,11 +18,14 @@ from monai_xai.clock import Clock
 from monai_xai.errors import InputError
 from monai_xai.explanation import rounding
 from monai_xai.forward import Scoring
+from monai_xai.memory import GIB
 from monai_xai.terms import Tensors
 
 PIECES_KEPT = 16
-"""How many pieces hold their gradients, if nothing is said; those that miss least are summed up."""
+"""How many pieces hold their gradients at most; those that miss least are summed up."""
 
+_LEAST_KEPT = 4  # however large they are
+_HELD_GIB = 1.0  # that they may hold
 _TOLERANCE = 0.01  # if nothing is said
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
 
@@ -27,6 +33,14 @@ _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all piec
 # a piece. Simpson's rule is the better one where the gradient is smooth, trapezoids where it jumps (ReLU).
 _SIMPSON = ((3 / 6, -1 / 6), (4 / 6, 4 / 6), (-1 / 6, 3 / 6))
 _TRAPEZOIDS = ((1 / 2, 0.0), (1 / 2, 1 / 2), (0.0, 1 / 2))
+
+
+Rule = tuple[tuple[float, float], ...]
+
+
+def pieces_kept(node: int) -> int:
+    """Return how many pieces of each sample may hold their three nodes, each of so many bytes in all samples."""
+    return min(max(int(_HELD_GIB * GIB / (3 * node)), _LEAST_KEPT), PIECES_KEPT)
 
 
 class PathAttributor(BaselineAttributor):
@@ -42,21 +56,17 @@ class PathAttributor(BaselineAttributor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("n_steps", 1), ("max_steps", 3)):
-            steps = getattr(self, name)
-            if (
-                isinstance(steps, bool)
-                or not isinstance(steps, int | None)
-                or (steps or least) < least
-                or steps == 0
-            ):
-                raise InputError(
-                    f"{self.name}({name}={steps}) needs a whole number of steps, {least} or more."
-                )
+        if self.n_steps is not None:
+            self._require_steps("n_steps", self.n_steps, 1)
+        self._require_steps("max_steps", self.max_steps, 3)
         if self.is_adaptive and (self.n_steps or 0) > self.max_steps:
             raise InputError(f"{self} asks for more steps than max_steps={self.max_steps} allows.")
-        if self.tolerance is not None and self.tolerance <= 0:
+        if self.tolerance is not None and not self.tolerance > 0:
             raise InputError(f"{self.name}(tolerance={self.tolerance}) must be positive.")
+
+    def _require_steps(self, name: str, steps: object, least: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < least:
+            raise InputError(f"{self.name}({name}={steps}) needs a whole number of steps, {least} or more.")
 
     @property
     def is_adaptive(self) -> bool:
@@ -74,10 +84,14 @@ class PathAttributor(BaselineAttributor):
         return _TOLERANCE if self.tolerance is None else self.tolerance
 
     def remedies(self) -> Iterator[Attributor]:
+        yield from self.finer()
+        yield from super().remedies()
+
+    def finer(self) -> Iterator[Attributor]:
+        """Yield the method with more steps, where their number is fixed."""
         if not self.is_adaptive:
             assert self.n_steps is not None
             yield replace(self, n_steps=4 * self.n_steps)  # type: ignore[call-arg]
-        yield from super().remedies()
 
     def allowed(self, scoring: Scoring, score: Tensor, change: Tensor) -> Tensor:
         """Return the gap that each sample may have.
@@ -130,15 +144,22 @@ class PathPiece(ABC):
             )
             gaps.append(sum(parts) - (last.score - first.score))
         best = min((0, 1), key=lambda number: abs(gaps[number]))
-        self.rule, self.gap = (_SIMPSON, _TRAPEZOIDS)[best], gaps[best]
+        self.rule: Rule = (_SIMPSON, _TRAPEZOIDS)[best]
+        self.gap: float = gaps[best]
 
     @abstractmethod
     def _rise(self, node: Node, half: int) -> float:
         """Return how far the score would rise in a half where the gradient is that of the node."""
 
+    @property
+    def ways(self) -> tuple[float, float, float]:
+        """Where its nodes are."""
+        first, middle, last = self.nodes
+        return first.way, middle.way, last.way
+
     @abstractmethod
-    def add_to(self, totals: Sequence[Tensor]) -> None:
-        """Add the integral over this piece."""
+    def add_to(self, totals: Sequence[Tensor], sign: float = 1.0) -> None:
+        """Add the integral over this piece, or take it away."""
 
 
 class StraightPiece(PathPiece):
@@ -151,10 +172,10 @@ class StraightPiece(PathPiece):
     def _rise(self, node: Node, half: int) -> float:
         return node.slope * self._half
 
-    def add_to(self, totals: Sequence[Tensor]) -> None:
+    def add_to(self, totals: Sequence[Tensor], sign: float = 1.0) -> None:
         for node, weights in zip(self.nodes, self.rule, strict=True):
             for total, gradient in zip(totals, node.gradient, strict=True):
-                total.add_(gradient, alpha=sum(weights) * self._half)
+                total.add_(gradient, alpha=sign * sum(weights) * self._half)
 
 
 class CurvedPiece(PathPiece):
@@ -167,14 +188,22 @@ class CurvedPiece(PathPiece):
     def _rise(self, node: Node, half: int) -> float:
         return sum(float((g * s).sum()) for g, s in zip(node.gradient, self._steps(half), strict=True))
 
-    def add_to(self, totals: Sequence[Tensor]) -> None:
+    def add_to(self, totals: Sequence[Tensor], sign: float = 1.0) -> None:
         for half in (0, 1):
             for node, weights in zip(self.nodes, self.rule, strict=True):
                 for total, gradient, step in zip(totals, node.gradient, self._steps(half), strict=True):
-                    total.addcmul_(gradient, step, value=weights[half])
+                    total.addcmul_(gradient, step, value=sign * weights[half])
 
 
 Refinement = Generator[tuple[float, ...], Sequence[Node], Tensors]
+
+
+class _Summed(NamedTuple):
+    """A piece that is in the totals already: where its nodes were, by which rule, and what it misses."""
+
+    ways: tuple[float, float, float]
+    rule: Rule
+    gap: float
 
 
 def refine(
@@ -189,7 +218,8 @@ def refine(
     """Integrate the gradient of one sample: yields where nodes are wanted, returns the integral for each input.
 
     The path is halved where it misses most until it adds up. Gaps of pieces may cancel: their sum must be within
-    ``share``, and their sizes must not exceed it by much, or the maps would add up without being right.
+    ``share``, and their sizes must not exceed it by much, or the maps would add up without being right. A gap that is
+    not finite ends it.
 
     Args:
         piece: makes a piece of the path from its nodes.
@@ -197,26 +227,42 @@ def refine(
         least: how many nodes are taken at least.
         most: how many nodes are taken at most, 3 or more.
         clock: how long it may go on.
-        kept: how many pieces may hold their gradients.
+        kept: how many pieces may hold their gradients. Those that miss least are summed up; where one of them comes to
+            miss most, its three nodes are taken once more.
     """
     first, middle, last = yield 0.0, 0.5, 1.0
-    pieces = [piece(first, middle, last)]
+    pieces, summed = [piece(first, middle, last)], list[_Summed]()
     totals = [torch.zeros_like(gradient) for gradient in middle.gradient]
-    taken, gap, size = 3, 0.0, 0.0  # gap and size: of the pieces that are in the totals already
+    taken = 3
 
-    def adds_up() -> bool:
-        gaps = [piece.gap for piece in pieces]
-        return abs(gap + sum(gaps)) <= share and size + sum(map(abs, gaps)) <= _CANCELLATION * share
+    def parts() -> list[PathPiece | _Summed]:
+        return [*pieces, *summed]
 
-    while pieces and taken + 2 <= most and not ((taken >= least and adds_up()) or clock.is_over):
-        first, middle, last = pieces.pop(_by_gap(pieces, max)).nodes
+    def goes_on() -> bool:
+        gaps = [part.gap for part in parts()]
+        total, size = sum(gaps), sum(map(abs, gaps))
+        adds_up = abs(total) <= share and size <= _CANCELLATION * share
+        return math.isfinite(size) and (taken < least or not adds_up) and not clock.is_over
+
+    while taken + 2 <= most and goes_on():
+        worst = max(parts() if taken + 5 <= most else pieces, key=lambda part: abs(part.gap))
+        if isinstance(worst, _Summed):
+            summed.remove(worst)
+            again = piece(*(yield worst.ways))
+            again.rule = worst.rule  # as it was added, whatever rounding says now
+            again.add_to(totals, -1.0)
+            taken += 3
+        else:
+            pieces.remove(again := worst)
+        first, middle, last = again.nodes
         left, right = yield (first.way + middle.way) / 2, (middle.way + last.way) / 2
         pieces += [piece(first, left, middle), piece(middle, right, last)]
         taken += 2
-        if len(pieces) > kept:
-            best = pieces.pop(_by_gap(pieces, min))
+        while len(pieces) > kept:
+            best = min(pieces, key=lambda part: abs(part.gap))
+            pieces.remove(best)
             best.add_to(totals)
-            gap, size = gap + best.gap, size + abs(best.gap)
+            summed.append(_Summed(best.ways, best.rule, best.gap))
     for rest in pieces:
         rest.add_to(totals)
     return tuple(totals)
@@ -227,12 +273,16 @@ class Refinements:
 
     Args:
         of: one for each sample.
+
+    Attributes:
+        taken: how many nodes each sample has taken.
     """
 
     def __init__(self, of: Iterable[Refinement]) -> None:
         self._refinements = list(of)
         self._wanted = [next(refinement) for refinement in self._refinements]
         self._integrals: dict[int, Tensors] = {}
+        self.taken = [0] * len(self._refinements)
 
     @property
     def running(self) -> list[int]:
@@ -241,23 +291,20 @@ class Refinements:
 
     @property
     def columns(self) -> list[tuple[float, ...]]:
-        """Where nodes are wanted, one for each sample; samples that have ended are asked for at the input."""
-        return list(zip(*self._wanted, strict=True))
+        """Where nodes are wanted, one for each sample; those that want fewer are asked for at the input."""
+        return list(zip_longest(*self._wanted, fillvalue=1.0))
 
     def send(self, number: int, nodes: Sequence[Node]) -> None:
-        """Go on with a sample whose nodes are known."""
+        """Go on with a sample, with its nodes of all columns."""
+        nodes = nodes[: len(self._wanted[number])]
+        self.taken[number] += len(nodes)
         try:
             self._wanted[number] = self._refinements[number].send(nodes)
         except StopIteration as end:
             self._integrals[number] = end.value
-            self._wanted[number] = 1.0, 1.0
+            self._wanted[number] = ()
 
     def integrals(self) -> Tensors:
         """Return the integrals of all samples, for each input."""
         rows = (self._integrals[number] for number in range(len(self._refinements)))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
-
-
-def _by_gap(pieces: Sequence[PathPiece], choose: Callable[..., int]) -> int:
-    """Return the index of the piece whose gap is largest or smallest in size."""
-    return choose(range(len(pieces)), key=lambda i: abs(pieces[i].gap))
