@@ -29,7 +29,7 @@ from monai_xai import (
     RegionScore,
     Samples,
 )
-from monai_xai.attributors.refinement import Node, StraightPiece, refine
+from monai_xai.attributors.refinement import Node, StraightPiece, pieces_kept, refine
 from monai_xai.baselines import Blur
 from monai_xai.clock import Clock
 
@@ -399,6 +399,13 @@ def test_little_memory_costs_passes_and_changes_no_more():
     assert abs(much - (1 + 0.3 * math.sin(60))) <= 0.01
     assert little == pytest.approx(much, abs=1e-9)
     assert enough < more < 3 * enough
+
+
+@pytest.mark.parametrize(
+    ("node", "pieces"), [(8 * 32**2, 128), (16 * 64**3, 16), (16 * 182 * 218 * 182, 4), (16 * 128**3, 10)]
+)
+def test_pieces_hold_their_gradients_as_far_as_memory_goes(node, pieces):
+    assert pieces_kept(node) == pieces
 
 
 def test_a_path_that_is_steep_at_its_end_alone_is_refined_there():

@@ -22,10 +22,10 @@ from monai_xai.memory import GIB
 from monai_xai.terms import Tensors
 
 PIECES_KEPT = 16
-"""How many pieces hold their gradients at most; those that miss least are summed up."""
+"""How many pieces hold their gradients, where these are neither small nor very large; others are summed up."""
 
-_LEAST_KEPT = 4  # however large they are
-_HELD_GIB = 1.0  # that they may hold
+_LEAST_KEPT, _MOST_KEPT = 4, 128  # pieces
+_HELD_GIB, _FREELY_HELD_GIB = 1.0, 1 / 16  # by up to PIECES_KEPT pieces, and by more
 _TOLERANCE = 0.01  # if nothing is said
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
 
@@ -40,7 +40,8 @@ Rule = tuple[tuple[float, float], ...]
 
 def pieces_kept(node: int) -> int:
     """Return how many pieces of each sample may hold their three nodes, each of so many bytes in all samples."""
-    return min(max(int(_HELD_GIB * GIB / (3 * node)), _LEAST_KEPT), PIECES_KEPT)
+    as_many, freely = (int(gib * GIB / (3 * node)) for gib in (_HELD_GIB, _FREELY_HELD_GIB))
+    return max(min(as_many, PIECES_KEPT), min(freely, _MOST_KEPT), _LEAST_KEPT)
 
 
 class PathAttributor(BaselineAttributor):
