@@ -16,7 +16,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
-from monai_xai.attributors.base import add_up
+from monai_xai.attributors.base import add_up, sum_over
 from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm
 from monai_xai.clock import Clock
@@ -320,8 +320,7 @@ def _difference(one: Attributor, other: Attributor) -> str:
 
 def _delta(attribution: Attribution) -> Tensor:
     assert attribution.baseline_score is not None
-    sums = [values.flatten(1).sum(1) for values in attribution.maps.values()]
-    return sum(sums[1:], sums[0]) - (attribution.score - attribution.baseline_score)
+    return sum_over(attribution.maps.values()) - (attribution.score - attribution.baseline_score)
 
 
 def _numbers(x: Tensor) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -148,6 +148,12 @@ def refuse_repeated_calls(attributor: Attributor, scoring: Scoring) -> None:
             "for one score. Use a SlidingWindowInferer with a target linear in the output (RegionScore, or MarginScore "
             "with a region), explain without an inferer, or use IntegratedGradients()."
         )
+
+
+def sum_over(maps: Iterable[Tensor]) -> Tensor:
+    """Return the sum of maps over all inputs, for each sample, shape (N,)."""
+    first, *others = (values.flatten(1).sum(1) for values in maps)
+    return sum(others, first)
 
 
 def average(parts: Sequence[Attribution]) -> Attribution:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor
+from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, sum_over
 from monai_xai.baselines import BaselineLike, Blur
 from monai_xai.errors import InputError
 from monai_xai.forward import Scoring
@@ -117,7 +117,7 @@ class GradientShap(BaselineAttributor):
             parts = [(x - b) * g for x, b, g in zip(inputs, draws[choice], gradients, strict=True)]
             for total, part in zip(totals, parts, strict=True):
                 total += part
-            sums[stratum] = choice, sum(part.flatten(1).sum(1) for part in parts)
+            sums[stratum] = choice, sum_over(parts)
         scores = {choice: scoring.score(draws[choice]) for choice in sorted(set(taken))}
         baseline_score = torch.stack([scores[choice] for choice in taken]).mean(0)
         maps = scoring.named([total / len(taken) for total in totals])

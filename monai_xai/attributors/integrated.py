@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, average
+from monai_xai.attributors.base import Attribution, average, sum_over
 from monai_xai.attributors.refinement import (
     PIECES_KEPT,
     Node,
@@ -95,7 +95,7 @@ class IntegratedGradients(PathAttributor):
                 maps, used = yield from self._refine(path, budget.share(number), clocks[number])
             else:
                 maps, used = yield from self._follow_rule(path, scoring.joined_gradients)
-            budget.spend(number, _sums(maps) - changes[number])
+            budget.spend(number, sum_over(maps) - changes[number])
             passes += used
             return maps
 
@@ -131,7 +131,7 @@ class IntegratedGradients(PathAttributor):
             found = yield [path.trial(column) for column in columns]
             passes += len(found)
             slopes = [
-                _sums([g * d for g, d in zip(f[1], path.direction, strict=True)]).tolist() for f in found
+                sum_over([g * d for g, d in zip(f[1], path.direction, strict=True)]).tolist() for f in found
             ]
             for row in refinements.running:
                 nodes = [
@@ -197,12 +197,6 @@ class _Path(NamedTuple):
             node = torch.as_tensor(nodes, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
             points.append(b + node * (x - b))
         return Trial(None, self.term, tuple(points))
-
-
-def _sums(maps: Sequence[Tensor]) -> Tensor:
-    """Return the sum of maps over all inputs, for each sample."""
-    sums = [values.flatten(1).sum(1) for values in maps]
-    return sum(sums[1:], sums[0])
 
 
 def _add(totals: Sequence[Tensor], gradients: Sequence[Tensor], weight: float) -> None:

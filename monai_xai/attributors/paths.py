@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from monai_xai.attributors.base import Attribution, Attributor, BaselineAttributor, average
+from monai_xai.attributors.base import Attribution, Attributor, average
 from monai_xai.attributors.refinement import (
     CurvedPiece,
     Node,
@@ -234,11 +234,11 @@ class GuidedIntegratedGradients(PathAttributor):
                 "fewer."
             )
 
-    def remedies(self) -> Iterator[Attributor]:
-        if not self.is_adaptive:  # more steps would follow the edges of ReLU as well
+    def finer(self) -> Iterator[Attributor]:
+        """Yield the method with refined steps, where they are not: more steps would follow the edges of ReLU too."""
+        if not self.is_adaptive:
             assert self.n_steps is not None
             yield replace(self, tolerance=0.01, max_steps=max(self.max_steps, 10 * self.n_steps))
-        yield from BaselineAttributor.remedies(self)
 
     def attribute(self, scoring: Scoring) -> Attribution:
         return average([self._follow(part, start) for part, start in self.in_turn(scoring)])

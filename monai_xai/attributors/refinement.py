@@ -33,9 +33,7 @@ _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all piec
 # a piece. Simpson's rule is the better one where the gradient is smooth, trapezoids where it jumps (ReLU).
 _SIMPSON = ((3 / 6, -1 / 6), (4 / 6, 4 / 6), (-1 / 6, 3 / 6))
 _TRAPEZOIDS = ((1 / 2, 0.0), (1 / 2, 1 / 2), (0.0, 1 / 2))
-
-
-Rule = tuple[tuple[float, float], ...]
+_Weights = tuple[tuple[float, float], ...]
 
 
 def pieces_kept(node: int) -> int:
@@ -145,7 +143,7 @@ class PathPiece(ABC):
             )
             gaps.append(sum(parts) - (last.score - first.score))
         best = min((0, 1), key=lambda number: abs(gaps[number]))
-        self.rule: Rule = (_SIMPSON, _TRAPEZOIDS)[best]
+        self.rule: _Weights = (_SIMPSON, _TRAPEZOIDS)[best]
         self.gap: float = gaps[best]
 
     @abstractmethod
@@ -203,7 +201,7 @@ class _Summed(NamedTuple):
     """A piece that is in the totals already: where its nodes were, by which rule, and what it misses."""
 
     ways: tuple[float, float, float]
-    rule: Rule
+    rule: _Weights
     gap: float
 
 
