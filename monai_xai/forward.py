@@ -347,7 +347,8 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
         if module.training != training:  # modules of TorchScript keep the flag elsewhere
             module.training = training
         for container, content in containers:
-            _refill(container, content)
+            if container or content:
+                _refill(container, content)
         for tensor, values in tensors:
             if not torch.equal(tensor, values):
                 with torch.no_grad():

@@ -125,7 +125,7 @@ class Operation:
 
     Args:
         name: of the function, without what says that it works in place or from the right: ``relu_`` is "relu".
-        function: what is called; out of place.
+        function: what is called.
         arguments: by position.
         options: by keyword.
         place: dotted name of the module that calls it, for messages.
@@ -181,6 +181,22 @@ class Operation:
         """Call the function."""
         return self.function(*self.arguments, **self.options)
 
+    def out_of_place(self) -> Operation:
+        """Return the same call on copies of the dependents, of a function that does not write to them.
+
+        Raises:
+            UnsupportedNetworkError: if there is no such function.
+        """
+        function, spelled = self.function, self.function.__name__
+        if spelled.endswith("_"):  # else an option says that it works in place
+            owners = (owner for owner in (functional, torch, Tensor) if hasattr(owner, self.name))
+            if (owner := next(owners, None)) is None:
+                raise UnsupportedNetworkError(f"{spelled} has no form that does not work in place.")
+            function = getattr(owner, self.name)
+        options = {key: value for key, value in self.options.items() if key != "inplace"}
+        copies = _map(self.arguments, lambda x: x.clone())
+        return replace(self, function=function, arguments=copies, options=options)
+
     def on(self, *values: Tensor) -> Operation:
         """Return the same call with other values in place of the dependents."""
         fresh = iter(values)
@@ -195,7 +211,7 @@ class Watch(TorchFunctionMode):
     """While entered, every call whose arguments depend on the input goes through :meth:`handle`.
 
     Only what requires a gradient depends on the input: parameters have to be frozen. Calls in place come as calls out
-    of place, and what they return is written back. What a call gives without a gradient (a mask, an index, anything
+    of place, and what they return is written back (:meth:`handle_in_place`). What a call gives without a gradient (a mask, an index, anything
     under ``torch.no_grad``) goes through :meth:`lose` and is a constant from there on.
     """
 
@@ -241,12 +257,11 @@ class Watch(TorchFunctionMode):
                 f"{name}(out=...) in {self.place!r} cannot be explained: return the result."
             )
         written = _written_in_place(spelled, args, kwargs)
-        if written is None:
-            return self._see(operation)
-        function = _out_of_place(func, spelled, name)
-        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        copies = _map(args, lambda x: x.clone())
-        return written.copy_(self._see(Operation(name, function, copies, kwargs, self.place)))
+        return self._see(operation) if written is None else self.handle_in_place(operation, written)
+
+    def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
+        """Return the result of an operation that works in place: of the same out of place, on copies, written back."""
+        return written.copy_(self._see(operation.out_of_place()))
 
     def _see(self, operation: Operation) -> Any:
         apart = _IN_STEPS.get(operation.name) if self.takes_apart else None
@@ -299,15 +314,6 @@ def _written_in_place(spelled: str, arguments: tuple[Any, ...], options: Mapping
         return None
     assert isinstance(arguments[0], Tensor)
     return arguments[0]
-
-
-def _out_of_place(func: Callable[..., Any], spelled: str, name: str) -> Callable[..., Any]:
-    if not spelled.endswith("_"):
-        return func  # an option of it says so
-    for owner in (functional, torch, Tensor):
-        if found := getattr(owner, name, None):
-            return found
-    raise UnsupportedNetworkError(f"{spelled} has no form that does not work in place.")
 
 
 def trace(term: Term, inputs: Sequence[Tensor], watch: Watch) -> tuple[Tensor, list[Tensor]]:

@@ -28,6 +28,8 @@ class RectifiedGradient(Attributor):
 
     by_hooks: ClassVar[bool] = True
     by_window: ClassVar[bool] = True
+    keeps_derivative: ClassVar[bool]
+    """Whether the derivative of a rectifier stays, and the rule comes on top of it."""
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
@@ -55,9 +57,12 @@ class GuidedBackprop(RectifiedGradient):
     (arXiv:1412.6806).
     """
 
+    keeps_derivative: ClassVar[bool] = True
+
     def rectify(self, operation: Operation) -> Tensor:
         result: Tensor = operation.run()
-        return passed(lambda coming: [coming.relu()], result, [result])  # and on through the derivative
+        result.register_hook(Tensor.relu)  # and on through the derivative
+        return result
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Deconvolution(RectifiedGradient):
 
     Reference: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks", ECCV 2014 (arXiv:1311.2901).
     """
+
+    keeps_derivative: ClassVar[bool] = False
 
     def rectify(self, operation: Operation) -> Tensor:
         with torch.no_grad():
@@ -96,6 +103,11 @@ class _Rectify(Watch):
         if is_large and (operation.name in COMPARISONS or result.is_floating_point()):
             self.masks.append(operation)  # or what a mask may be made of
         return result
+
+    def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
+        """Let the network work in place where autograd sees it do so, and a rule may come after."""
+        is_own = operation.name in RECTIFIERS and (not self.method.keeps_derivative or written._is_view())
+        return super().handle_in_place(operation, written) if is_own else self.handle(operation)
 
     def require_rectifiers(self, network: str) -> None:
         """Refuse a network that has called none, or in which there may be others than those called."""
