@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import gradients, modalities, perturbing, ranks
+from benchmarks import gradients, methods, modalities, perturbing, ranks
 from benchmarks.cases import CASES, warm_up
 from benchmarks.measuring import measure
 from benchmarks.results import Block, as_markdown, keep
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[], Iterable[Block]]] = {
         gradients.regions,
         gradients.integration,
         gradients.overhead,
+        methods.methods,
         modalities.modalities,
         perturbing.occlusion,
         perturbing.classification,

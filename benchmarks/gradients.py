@@ -9,8 +9,8 @@ import torch
 from monai.engines import SupervisedTrainer
 from monai.networks.nets import UNet
 
-from benchmarks.cases import CASES, PARTS, integrated_gradients
-from benchmarks.measuring import Cost, measure_apart
+from benchmarks.cases import CASES, PARTS, integrated_gradients, warm_up
+from benchmarks.measuring import Cost, measure_apart, seconds_in_turn
 from benchmarks.results import Block, Table
 from monai_xai import AttributionHandler, Blur, Explainer, Noise, RegionScore, Saliency
 
@@ -52,17 +52,22 @@ def growth() -> Iterator[Block]:
 
 
 def regions() -> Iterator[Block]:
-    """Regions that meet some of all windows of 4 x 128³: the time as a multiple of their share of the whole."""
+    """Regions that meet some of all windows of 4 x 128³: the time as a multiple of their share of the whole.
+
+    The whole and its parts are run in turn, three times after a first; medians.
+    """
+    warm_up()
     for windows, setting in PARTS:
-        whole = measure_apart(f"ours {setting}")
-        assert whole
-        rows = []
-        for active in PARTS[windows, setting]:
-            part = measure_apart(f"part {active} {setting}")
-            assert part
-            rows.append((active, part.seconds, part.seconds / whole.seconds / (active / windows)))
-        rows.append((windows, whole.seconds, 1.0))
-        yield Table([f"of {windows} windows", "seconds", "x its share of the whole"], rows)
+        parts = PARTS[windows, setting]
+        names = [f"ours {setting}", *(f"part {active} {setting}" for active in parts)]
+        whole, *taken = seconds_in_turn([CASES[name]() for name in names], 3)
+        rows = [
+            (active, seconds, seconds / whole / (active / windows))
+            for active, seconds in zip(parts, taken, strict=True)
+        ]
+        yield Table(
+            [f"of {windows} windows", "seconds", "x its share of the whole"], [*rows, (windows, whole, 1.0)]
+        )
 
 
 def integration() -> Iterator[Block]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from monai_xai.memory import GIB, PeakMemory
+
+T = TypeVar("T")
 
 LONG = 12.0  # seconds, from which on one run is enough
 
@@ -42,7 +45,16 @@ def measure(work: Callable[[], float]) -> Cost:
     return Cost(min([seconds, *(_timed(work)[0] for _ in range(repeats))]), peak.gib, note)
 
 
-def _timed(work: Callable[[], float]) -> tuple[float, float]:
+def seconds_in_turn(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Return the median time of each of several pieces of work, run one after the other, in rounds after a first.
+
+    A machine that others use too is slower for minutes at a time: in turn, that falls on all of them.
+    """
+    times = [[_timed(work)[0] for work in works] for _ in range(rounds + 1)]
+    return [statistics.median(taken) for taken in zip(*times[1:], strict=True)]
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     note = work()
     return time.perf_counter() - start, note

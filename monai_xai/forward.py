@@ -306,14 +306,15 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         stack.enter_context(preserved_generators())
         for module in network.modules():
             stack.callback(_module_restorer(module))
-        for parameter in network.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        parameters = list(network.parameters())
+        for parameter in (p for p in parameters if p.requires_grad):
+            stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         evaluate(network)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in {"cpu", *(p.device.type for p in network.parameters())}:
+        for device in {"cpu", *(p.device.type for p in parameters)}:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
@@ -335,9 +336,9 @@ def preserved_generators() -> Iterator[None]:
 
 def _module_restorer(module: nn.Module) -> Callable[[], None]:
     training, attributes = module.training, dict(vars(module))
-    containers = [
-        (value, value.copy()) for value in attributes.values() if isinstance(value, dict | list | set)
-    ]
+    containers: list[Any] = [v for v in attributes.values() if isinstance(v, dict | list | set)]
+    empty = [container for container in containers if not container]  # most are, so that they are not copied
+    filled = [(container, container.copy()) for container in containers if container]
     own = [*module.buffers(recurse=False), *(v for v in attributes.values() if isinstance(v, Tensor))]
     tensors = [(tensor, tensor.detach().clone()) for tensor in own]
 
@@ -346,9 +347,10 @@ def _module_restorer(module: nn.Module) -> Callable[[], None]:
         vars(module).update(attributes)
         if module.training != training:  # modules of TorchScript keep the flag elsewhere
             module.training = training
-        for container, content in containers:
-            if container or content:
-                _refill(container, content)
+        for container in filter(None, empty):
+            container.clear()
+        for container, content in filled:
+            _refill(container, content)
         for tensor, values in tensors:
             if not torch.equal(tensor, values):
                 with torch.no_grad():

@@ -39,13 +39,13 @@ def require_module(network: object) -> nn.Module:
         raise UnsupportedNetworkError(
             f"The network must be a torch.nn.Module, got {type(network).__name__}. {cure}."
         )
-    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if tensor.is_inference():
-            raise UnsupportedNetworkError(
-                f"{name} was made under torch.inference_mode(), so autograd cannot see through it. Build the network "
-                "outside, or copy.deepcopy it and load_state_dict outside of inference mode."
-            )
     for name, module in network.named_modules():
+        for key, tensor in (*module.named_parameters(name, False), *module.named_buffers(name, False)):
+            if tensor.is_inference():
+                raise UnsupportedNetworkError(
+                    f"{key} was made under torch.inference_mode(), so autograd cannot see through it. Build the "
+                    "network outside, or copy.deepcopy it and load_state_dict outside of inference mode."
+                )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UnsupportedNetworkError(
                 f"{name or type(module).__name__} normalizes by the statistics of whatever batch it sees "

@@ -211,8 +211,8 @@ class Watch(TorchFunctionMode):
     """While entered, every call whose arguments depend on the input goes through :meth:`handle`.
 
     Only what requires a gradient depends on the input: parameters have to be frozen. Calls in place come as calls out
-    of place, and what they return is written back (:meth:`handle_in_place`). What a call gives without a gradient (a mask, an index, anything
-    under ``torch.no_grad``) goes through :meth:`lose` and is a constant from there on.
+    of place, and what they return is written back (:meth:`handle_in_place`). What a call gives without a gradient (a
+    mask, an index, anything under ``torch.no_grad``) goes through :meth:`lose` and is a constant from there on.
     """
 
     routes: ClassVar[frozenset[str]] = frozenset()
