@@ -28,7 +28,7 @@ from monai_xai.forward import Scoring
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, ground
 
 TRUE_VERDICT = {"lesion": "GROUNDED", "tag": "FAITHFUL BUT OFF TARGET"}
-SEED = 100
+SEED = 200
 SHOWN = ("T2", "T5", "T6", "T7", "T8", "T9", "T10")
 
 
@@ -231,8 +231,9 @@ def main() -> None:
         "weights, of T5 the gain over the map shifted, of T7 the share of the map in the lesion, of T10 the share "
         "outside of the body; p is corrected within its gate.",
         "",
-        f"Written in one run on {date.today()} (torch {torch.__version__}, seed {chosen.seed}). T8 and T10 were last "
-        "changed after looking at such a run with seed 0; data and networks of this one are others.",
+        f"Written in one run on {date.today()} (torch {torch.__version__}, seed {chosen.seed}). T5 (a gain "
+        "of at least 20 %), T8 (its null for cohorts) and T10 (a margin of a voxel, and of a feature) were last changed "
+        "after looking at runs with seeds 0 and 100; data and networks of this one are others.",
         "",
     ]
     rows: list[Row] = []

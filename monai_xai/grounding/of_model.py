@@ -225,8 +225,9 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
     test = measured(
-        cohort, "T5", T5, "Q1", per_case, p=p, origin="[L] Samek et al. 2017; control by shifts [E]",
-        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer",
+        cohort, "T5", T5, "Q1", per_case, p=p, origin="[L] Samek et al. 2017; control by shifts, and its size [E]",
+        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and a gain of "
+        f"{settings.gain:.0%} or more",
     )  # fmt: skip
     more = " ".join(said)
     unit = "of the mean change of the score when all is removed"
@@ -234,8 +235,11 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     missed = (
         "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
     )
-    missed = f"{missed} {more}"
-    return Draft(test, found, missed)
+    if p < settings.alpha and test.value < settings.gain:
+        is_certain = test.interval[1] < settings.gain and test.n >= settings.min_cases
+        little = f"{found} That is less than the {settings.gain:.0%} that is asked."
+        return Draft(test, missed=little, settled="FAIL" if is_certain else "INCONCLUSIVE")
+    return Draft(test, found, f"{missed} {more}")
 
 
 def _scale(cohort: Cohort) -> float:
