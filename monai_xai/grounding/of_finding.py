@@ -268,7 +268,7 @@ def _outside(e: Evidence, margin: int) -> float:
     return float(values[~near].sum()) / total if total and not near.all() else math.nan
 
 
-def reached(e: Evidence, margin: int = 0) -> Tensor:
+def reached(e: Evidence, margin: int) -> Tensor:
     """Return the body, grown by a margin, with all voxels that share a feature or window with it.
 
     A mask is no finer than a voxel, and a painted map no finer than what it is painted with.
