@@ -232,7 +232,7 @@ def main() -> None:
         "outside of the body; p is corrected within its gate.",
         "",
         f"Written in one run on {date.today()} (torch {torch.__version__}, seed {chosen.seed}). T5 (a gain of at least "
-        "20 %), T8 (its null for cohorts) and T10 (a margin of a voxel, and of a feature) were last changed after "
+        "20 %), T8 (its null for cohorts) and T10 (features that reach out of the body) were last changed after "
         "looking at runs with seeds 0 and 100; data and networks of this one are others.",
         "",
     ]

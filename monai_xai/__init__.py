@@ -80,7 +80,7 @@ from monai_xai.errors import (
     UnsupportedNetworkError,
     XaiError,
 )
-from monai_xai.explainer import CompletenessWarning, Explainer
+from monai_xai.explainer import CompletenessWarning, Explainer, PrecisionWarning
 from monai_xai.explanation import Explanation
 from monai_xai.features import (
     Atlas,
@@ -249,6 +249,7 @@ __all__ = [
     "OutputScore",
     "PlacedFeatures",
     "PointingGame",
+    "PrecisionWarning",
     "Predicted",
     "PropagationRule",
     "RankAccuracy",

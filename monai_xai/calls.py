@@ -24,6 +24,10 @@ class CalledNetwork(nn.Module):
         form: "arguments" for ``network(a, b)``, "mapping" for ``network({"a": a, "b": b})``, "sequence" for
             ``network((a, b))``, or the names of those that go by keyword, ``network(a, b=b)``.
         embedded: inputs of whole numbers, which come here as the output of their embedding.
+
+    Attributes:
+        autocast: what the network computes in where PyTorch's autocast sees fit, set from outside; None leaves it as it
+            is. What it gives is in the type of its inputs all the same.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class CalledNetwork(nn.Module):
         self.names = tuple(names)
         self.form = form
         self.embedded = dict(embedded or {})
+        self.autocast: torch.dtype | None = None
         unknown = set(form) - set(names) if not isinstance(form, str) else set()
         if unknown:
             raise InputError(
@@ -49,10 +54,16 @@ class CalledNetwork(nn.Module):
         handles = [part.replace(named[name]) for name, part in self.embedded.items()]
         named |= {name: part.numbers_for(named[name]) for name, part in self.embedded.items()}
         try:
-            return self._call(named)
+            return self._call(named) if self.autocast is None else self._call_lowered(named, self.autocast)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _call_lowered(self, named: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+        first = next(iter(named.values()))
+        with torch.autocast(first.device.type, dtype):
+            output = self._call(named)
+        return _raised(output, dtype)
 
     def _call(self, named: Mapping[str, Tensor]) -> Any:
         if self.form == "arguments":
@@ -63,6 +74,19 @@ class CalledNetwork(nn.Module):
             return self.network(tuple(named.values()))
         keywords = {name: x for name, x in named.items() if name in self.form}
         return self.network(*(x for name, x in named.items() if name not in self.form), **keywords)
+
+
+def _raised(output: Any, dtype: torch.dtype) -> Any:
+    """Return an output, or several in lists, tuples and mappings, with what is of some type in single precision."""
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype == dtype else output
+    if isinstance(output, Mapping):
+        return {name: _raised(part, dtype) for name, part in output.items()}
+    return (
+        type(output)([_raised(part, dtype) for part in output])
+        if isinstance(output, list | tuple)
+        else output
+    )
 
 
 class EmbeddedInput:

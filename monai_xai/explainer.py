@@ -34,6 +34,13 @@ class CompletenessWarning(UserWarning):
     """The attributions of a method that promises to sum up miss the change of the score by a large share."""
 
 
+class PrecisionWarning(UserWarning):
+    """Lower precision was not enough for a case, which was explained in single precision instead."""
+
+
+_LOWERED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 @dataclass(frozen=True, eq=False)
 class Explainer:
     """What is explained (target), how (attributor), over what extent (inferer). Pure configuration.
@@ -65,6 +72,10 @@ class Explainer:
         spread: whether the windows of a case are shared out among the processes that ``torchrun`` has started, all of
             which must explain the same cases and get the same explanation. For methods that find each window's part by
             itself (``by_window``), and targets linear in the output; others are computed in every process.
+        autocast: "bfloat16" or "float16" lets the network compute in it, where ``torch.autocast`` sees fit; everything
+            else stays in single precision. Whether that is enough is for the completeness gap to say, so this is for
+            methods that integrate until they add up: a case whose gap stays above ``tolerated_gap`` is explained again
+            without, and a :class:`PrecisionWarning` says so. ``facts["precision"]`` is what a map was computed in.
 
     Example:
         >>> import torch
@@ -88,6 +99,7 @@ class Explainer:
     memory_gib: float | None = None
     max_seconds: float | None = None
     spread: bool = False
+    autocast: Literal["bfloat16", "float16"] | None = None
     _measured: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,8 +117,20 @@ class Explainer:
                 "early. Take a path that is refined, such as IntegratedGradients(), or a method that draws samples, "
                 "such as ShapleyValueSampling(); or make it cheaper: a smaller region, larger blocks."
             )
+        if self.autocast is not None:
+            self._require_gap(self.autocast)
         object.__setattr__(self, "inferer", as_inferer(self.inferer))
         object.__setattr__(self, "target", as_targets(self.target))
+
+    def _require_gap(self, autocast: str) -> None:
+        """Refuse lower precision where nothing would tell whether it is enough."""
+        if autocast not in _LOWERED:
+            raise InputError(f"Explainer(autocast={autocast!r}): choose {' or '.join(map(repr, _LOWERED))}.")
+        if self.attributor.by_hooks or not self.attributor.complete:
+            raise InputError(
+                f"Explainer(autocast={autocast!r}): {self.attributor} has no completeness gap that tells whether "
+                f"{autocast} is enough. Take a path method, such as IntegratedGradients(), or leave it in float32."
+            )
 
     def __call__(
         self, network: nn.Module, inputs: Inputs, label: Label = None, prediction: Any = None
@@ -142,6 +166,7 @@ class Explainer:
         with self._together(inputs):
             clock = Clock.of(self.max_seconds)
             with open_task(self, network, inputs, label, prediction) as task:
+                self._lower(task)
                 targets = task.targets()
                 return {
                     name: self._explain(task, target, part.anew())
@@ -164,6 +189,10 @@ class Explainer:
         attributor = task.placed(self.attributor, target)
         with guard(attributor.name, scoring.values):
             attribution = self._attribute(attributor, scoring)
+            if task.network.autocast is not None and not clock.is_cut and self._is_too_coarse(attribution):
+                task.network.autocast = None  # and so for all that is asked of this batch
+                scoring = replace(task.scoring(target), clock=clock)
+                attribution = self._attribute(attributor, scoring)
         self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={
@@ -180,12 +209,51 @@ class Explainer:
             channels={
                 name: tuple(self.channel_names[name]) for name in task.given if name in self.channel_names
             },
-            facts={**task.facts(scoring), **attribution.facts, **self._cut(clock)},
+            facts={
+                **task.facts(scoring),
+                **attribution.facts,
+                **self._cut(clock),
+                **self._precision(task),
+            },
             unit=target.unit,
             features=_features(attributor),
         )
         self._judge(explanation, scoring)
         return explanation
+
+    def _lower(self, task: Task) -> None:
+        """Let the network of a task compute in lower precision, if that is asked for."""
+        if self.autocast is None:
+            return
+        for name, x in task.inputs.items():
+            if x.is_floating_point() and x.dtype != torch.float32:
+                raise InputError(
+                    f"Explainer(autocast={self.autocast!r}) lowers float32, the input {name!r} is {x.dtype}: give "
+                    f"{name!r}.float(), or leave autocast out."
+                )
+        task.network.autocast = _LOWERED[self.autocast]
+
+    def _is_too_coarse(self, attribution: Attribution) -> bool:
+        """Tell, with a warning, whether a map of lower precision does not add up."""
+        gap = _gap(attribution)
+        if gap <= self.tolerated_gap:
+            return False
+        warnings.warn(
+            f"{self.attributor.name} in {self.autocast}: attributions miss the change of the score by {gap:.1%}; "
+            "explained again in float32.",
+            PrecisionWarning,
+            stacklevel=5,
+        )
+        return True
+
+    def _precision(self, task: Task) -> dict[str, str]:
+        """Return what the network computed in, where that was a choice."""
+        lowered = task.network.autocast
+        return (
+            {}
+            if self.autocast is None
+            else {"precision": str(lowered or torch.float32).removeprefix("torch.")}
+        )
 
     def _attribute(self, attributor: Attributor, scoring: Scoring) -> Attribution:
         baseline = getattr(attributor, "baseline", None)

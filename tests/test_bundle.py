@@ -126,7 +126,9 @@ def test_cap_lies_in_the_air(scripts: ModuleType) -> None:
         assert cap > 3 * air
 
 
-@pytest.mark.parametrize("wrong", [{"evidence": ["DWI"]}, {"evidence": []}, {"n_cases": 0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"evidence": ["DWI"]}, {"evidence": []}, {"n_cases": 0}, {"shortcut": "false"}], ids=str
+)
 def test_phantom_refuses_what_it_cannot_make(scripts: ModuleType, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         scripts.Phantom(**wrong)

@@ -226,7 +226,7 @@ def _concordance(per_case: Mapping[str, float], cases: Sequence[Evidence]) -> st
 def judge_shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> Draft:
     """T10: how much of the map lies outside of the body, and whether it points at confounders."""
     settings = cohort.settings
-    outside = {e.id: _outside(e, settings.margin) for e in cohort.cases}
+    outside = {e.id: _outside(e) for e in cohort.cases}
     attributor = cohort.cases[0].explainer.attributor
     counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
     on = _on_confounders(cohort, confounders)
@@ -262,18 +262,15 @@ def judge_shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
     return Draft(test, sentence, settled="PASS")
 
 
-def _outside(e: Evidence, margin: int) -> float:
-    values, near = e.located().clamp(min=0), reached(e, margin)
+def _outside(e: Evidence) -> float:
+    values, near = e.located().clamp(min=0), reached(e)
     total = float(values.sum())
     return float(values[~near].sum()) / total if total and not near.all() else math.nan
 
 
-def reached(e: Evidence, margin: int) -> Tensor:
-    """Return the body, grown by a margin, with all voxels that share a feature or window with it.
-
-    A mask is no finer than a voxel, and a painted map no finer than what it is painted with.
-    """
-    attributor, body = e.explainer.attributor, grown(e.body, [margin] * (e.body.ndim - 2))
+def reached(e: Evidence) -> Tensor:
+    """Return the body with all voxels that share a feature or window with it: a painted map is no finer than these."""
+    attributor, body = e.explainer.attributor, e.body
     window = getattr(attributor, "window", None)
     if isinstance(window, Sequence) and window and isinstance(window[0], Sequence):  # one for each input
         window = window[list(e.inputs).index(e.grid)]
@@ -288,7 +285,7 @@ def reached(e: Evidence, margin: int) -> Tensor:
 
 def _peak(cohort: Cohort) -> str:
     """Say where the evidence outside of the body is highest, on average."""
-    parts = [(e.located().clamp(min=0) * ~reached(e, cohort.settings.margin))[0, 0] for e in cohort.cases]
+    parts = [(e.located().clamp(min=0) * ~reached(e))[0, 0] for e in cohort.cases]
     if len({part.shape for part in parts}) != 1 or not any(part.any() for part in parts):
         return ""
     total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)

@@ -55,7 +55,6 @@ class GroundingSettings:
         gain: T5: smallest mean gain over the map shifted, as a share of what the score loses when all is removed: with
             many cases the chance that a wrong map brushes the right place is significant, too.
         outside: T10: largest mean share of the map outside of the body.
-        margin: T10: voxels by which the body is grown for that: no mask is finer.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
@@ -84,7 +83,6 @@ class GroundingSettings:
     gap: float = 0.05
     gain: float = 0.2
     outside: float = 0.05
-    margin: int = 1
     agreement: float = 0.75
     min_places: int = 100
     inside: float = 0.95

@@ -46,7 +46,8 @@ class Phantom:
         seed: of all random streams.
 
     Raises:
-        ValueError: if a sequence is unknown or none is named, or if there are no cases.
+        ValueError: if a sequence is unknown or none is named, if there are no cases, or if ``shortcut`` is no truth
+            value: on a command line, ``false`` is a word, and would count as true.
 
     Example:
         >>> Phantom(evidence=["FLAIR", "T2"]).evidence
@@ -62,6 +63,8 @@ class Phantom:
         named = (self.evidence,) if isinstance(self.evidence, str) else tuple(self.evidence)
         if not named or not set(named) <= set(SEQUENCES):
             raise ValueError(f"evidence={list(named)} must name one or more of {', '.join(SEQUENCES)}.")
+        if not isinstance(self.shortcut, bool):
+            raise ValueError(f"shortcut={self.shortcut!r} must be True or False: write --shortcut False.")
         if self.n_cases < 1:
             raise ValueError(f"n_cases={self.n_cases} must be at least 1.")
         object.__setattr__(self, "evidence", named)
