@@ -157,7 +157,7 @@ class BundleRequest:
         self._replace_data(parser)
         self._add_overlay(parser, evaluator, metadata)
         for name, value in self.settings.items():
-            merge_kv(parser, name, value)
+            merge_kv(parser, name, _setting(name, value))
         if self.random_weights:
             _drop_weights(parser)
         run_id = _find_run(parser, evaluator)
@@ -466,6 +466,16 @@ def as_config(value: Any) -> Config:
         if "_target_" in part:
             part["_target_"] = _dotted(str(part["_target_"]))
     return dict(config)
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Return the value of a setting; a config given as text, as on a command line, as what it says."""
+    if not (isinstance(value, str) and value.lstrip().startswith("{")):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"{name} is no config in YAML: {value!r}, {error}") from error
 
 
 def _dotted(name: str) -> str:

@@ -85,6 +85,7 @@ def test_all_cases_and_any_other_setting():
             dry_run=True,
             overwrite=True,
             max_seconds=60,
+            autocast="bfloat16",
             **{"explain_board::cases": 2},
         )
     )
@@ -92,7 +93,16 @@ def test_all_cases_and_any_other_setting():
     assert "choose_cases" not in str(config["initialize"])
     assert config["explain_saver"]["overwrite"] is True
     assert config["explainer"]["max_seconds"] == 60
+    assert config["explainer"]["autocast"] == "bfloat16"
     assert config["explain_board"]["cases"] == 2
+
+
+def test_setting_may_be_a_config_of_several_lines_in_one():
+    settings = {"explain_board": "{_target_: monai_xai.TensorBoardAttributionHandler, log_dir: logs}"}
+    config = yaml.safe_load(explain(str(BUNDLE), dry_run=True, **settings))
+    assert config["explain_board"]["log_dir"] == "logs"
+    with pytest.raises(InputError, match="explain_board is no config in YAML"):
+        explain(str(BUNDLE), dry_run=True, explain_board="{_target_: [}")
 
 
 def test_names_are_hidden_under_a_secret_that_is_not_written(monkeypatch):
