@@ -36,7 +36,7 @@ from monai_xai.grounding.drafts import Draft, settle
 from monai_xai.grounding.evidence import gather
 from monai_xai.grounding.of_finding import reached
 from monai_xai.grounding.places import BODY as BODY_REST
-from monai_xai.grounding.places import FINDING, OUTSIDE, shares_of_places
+from monai_xai.grounding.places import FINDING, OUTSIDE, name_places, shares_of_places
 from monai_xai.grounding.procedure import ORDER, decide
 from monai_xai.metrics import deletion_curve, insertion_curve
 
@@ -239,6 +239,14 @@ def test_a_network_that_uses_the_tag_is_off_target_and_the_structure_is_named():
     assert "most is in the outside of the body" in without.sentence
     assert [test.as_dict() for test in without.tests] == [test.as_dict() for test in found.tests]
     assert without.places["the outside of the body"] >= found.places["the tag"] - 1e-12
+
+
+def test_further_places_are_named_down_to_a_twentieth_of_the_evidence():
+    shares = {FINDING: 0.34, "the cap": 0.22, BODY_REST: 0.40, OUTSIDE: 0.04}
+    assert name_places([], shares) == (
+        " Of it, most is in the body elsewhere: 40% of all, then the cap: 22%."
+    )
+    assert name_places([], {FINDING: 1.0}) == ""
 
 
 def test_shares_of_places_are_the_masses_of_their_voxels():

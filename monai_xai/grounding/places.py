@@ -14,6 +14,7 @@ from monai_xai.metrics.base import real
 from monai_xai.metrics.localization import structure_table
 
 FINDING, BODY, OUTSIDE = "the marked finding", "the body elsewhere", "the outside of the body"
+_WORTH_NAMING = 0.05  # of the evidence
 
 
 def shares_of_places(
@@ -56,18 +57,19 @@ def shares_of_places(
 
 
 def name_places(cases: Sequence[Evidence], shares: Mapping[str, float]) -> str:
-    """Say where most of the evidence beyond the finding lies, and around which voxel; nothing without shares."""
-    beyond = {name: share for name, share in shares.items() if name != FINDING}
+    """Say where evidence beyond the finding lies, most first, and around which voxel; nothing without shares."""
+    beyond = sorted((share, name) for name, share in shares.items() if name != FINDING)[::-1]
     if not beyond:
         return ""
-    most = max(beyond, key=lambda name: beyond[name])
+    (share, most), *rest = beyond
+    further = "".join(f", then {name}: {part:.0%}" for part, name in rest if part >= _WORTH_NAMING)
     marked = any(e.region is not None for e in cases)
     head = (
         f" {shares.get(FINDING, 0.0):.0%} of the evidence lies in the finding; of the rest"
         if marked
         else " Of it"
     )
-    return f"{head}, most is in {most}: {beyond[most]:.0%} of all{_peak(cases)}."
+    return f"{head}, most is in {most}: {share:.0%} of all{further}{_peak(cases)}."
 
 
 def _peak(cases: Sequence[Evidence]) -> str:
