@@ -33,7 +33,7 @@ from monai_xai import (
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding.drafts import Draft, settle
-from monai_xai.grounding.evidence import gather
+from monai_xai.grounding.evidence import _rolled, gather
 from monai_xai.grounding.of_finding import reached
 from monai_xai.grounding.places import BODY as BODY_REST
 from monai_xai.grounding.places import FINDING, OUTSIDE, name_places, shares_of_places
@@ -239,6 +239,35 @@ def test_a_network_that_uses_the_tag_is_off_target_and_the_structure_is_named():
     assert "most is in the outside of the body" in without.sentence
     assert [test.as_dict() for test in without.tests] == [test.as_dict() for test in found.tests]
     assert without.places["the outside of the body"] >= found.places["the tag"] - 1e-12
+
+
+def test_a_gain_that_is_certain_and_small_is_no_pass():
+    found = judge(**{**COMPLETE, "settings": replace(SETTINGS, gain=100.0)})
+    assert found.test("T5").p < 0.01
+    assert found.test("T5").status == "FAIL"
+    assert "less than the 10000% that is asked" in found.test("T5").message
+    assert found.verdict == "ARTIFACT"
+
+
+@pytest.mark.parametrize(("little", "status"), [(1.0, "PROVISIONAL"), (-1.0, "FAIL")])
+def test_another_training_with_another_map_is_no_failure_where_weights_matter(little, status):
+    settings = replace(SETTINGS, little=little)
+    found = judge(**{**COMPLETE, "settings": settings}, second_network=USES_TAG[0])
+    assert found.test("T2").value < SETTINGS.unchanged
+    assert found.test("T2").p > SETTINGS.alpha
+    assert found.test("T2").status == status
+    assert found.verdict == {"PROVISIONAL": "INCONCLUSIVE", "FAIL": "ARTIFACT"}[status]
+
+
+def test_copies_of_a_map_are_rolled_on_every_grid_and_in_vectors():
+    fine, coarse, record = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 8, 8), torch.randn(1, 3)
+    maps = {"image": fine, "pet": coarse, "record": record}
+    found = _rolled(fine, (0.25, 0.5)), _rolled(coarse, (0.25, 0.5)), _rolled(record, (0.25, 0.5))
+    assert torch.equal(found[0], fine.roll((4, 8), (2, 3)))
+    assert torch.equal(found[1], coarse.roll((2, 4), (2, 3)))
+    assert torch.equal(found[2], record.roll(2, 1))
+    assert torch.equal(_rolled(record, (0.0, 0.01)), record.roll(1, 1)), "an entry at least"
+    assert not any(torch.equal(a, b) for a, b in zip(found, maps.values(), strict=True))
 
 
 def test_further_places_are_named_down_to_a_twentieth_of_the_evidence():

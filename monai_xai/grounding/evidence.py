@@ -246,6 +246,7 @@ def shifted_maps(evidence: Evidence, count: int, seed: int) -> list[Maps]:
     """Return copies of the maps rolled around, by a quarter or more of an axis.
 
     Of many rolls those are taken that leave most of the map in the body: beating a map of the air would prove nothing.
+    Images on other grids are rolled by the same share of theirs, and vectors by an entry or more.
     """
     generator = np.random.default_rng([seed, *evidence.id.encode()])
     shape = evidence.body.shape[2:]
@@ -259,15 +260,18 @@ def shifted_maps(evidence: Evidence, count: int, seed: int) -> list[Maps]:
         inside = float(positive.roll(roll, axes)[evidence.body[0, 0]].sum())
         candidates.append((-inside, roll))
     candidates = sorted(candidates)[:count] or [(0.0, tuple(n // 2 for n in shape))]
-    return [
-        {
-            name: values.roll(roll, tuple(range(2, values.ndim)))
-            if values.ndim > 2 and values.shape[2:] == shape
-            else values
-            for name, values in evidence.maps.items()
-        }
-        for _, roll in candidates
-    ]
+    shares = [tuple(r / n for r, n in zip(roll, shape, strict=True)) for _, roll in candidates]
+    return [{name: _rolled(values, share) for name, values in evidence.maps.items()} for share in shares]
+
+
+def _rolled(values: Tensor, share: Sequence[float]) -> Tensor:
+    """Return a map rolled by a share of each axis; a vector by the largest of them, by an entry at least."""
+    own = values.shape[2:] if values.ndim > 2 else values.shape[1:]
+    shares = share if len(own) == len(share) else [max(share)] * len(own)
+    steps = [round(part * n) for part, n in zip(shares, own, strict=True)]
+    if values.ndim == 2:
+        steps = [min(max(steps[0], 1), max(own[0] - 1, 0))]
+    return values.roll(steps, tuple(range(values.ndim - len(own), values.ndim)))
 
 
 def edges(evidence: Evidence) -> Maps:

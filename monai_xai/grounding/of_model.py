@@ -127,7 +127,7 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
     p = signed_rank_test([kept[name] - by_chance[name] for name in kept]) if kept else math.nan
     test = measured(
         cohort, "T2", T2, "Q1", by_chance, p=p, threshold=rule,
-        origin="[L] Adebayo et al. 2018, Arun et al. 2021; 0.9 is [E]",
+        origin=f"[L] Adebayo et al. 2018, Arun et al. 2021; {settings.unchanged:g} and {settings.little:g} are [E]",
     )  # fmt: skip
     supply = "a second network, trained independently (another fold or seed): second_network=..."
     if math.isnan(level):
@@ -140,6 +140,9 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
     if second is None:
         why = f"{alone}{line} Supply a second trained network to tell the image's structure from the model."
         return Draft(test, missed=why, supply=supply, settled="PROVISIONAL")
+    if p >= settings.alpha and level < settings.little:
+        why = f"{alone}{line} Those of another training are no more alike: the map is this network's own."
+        return Draft(test, missed=why, settled="PROVISIONAL")
     both = f"{alone[:-1]}, those of a second network by r = {mean_of_known(list(kept.values())):.2f}.{line}"
     return Draft(
         test, both, f"{both} A network that was trained gives no more of the same map than random weights."
