@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,9 +33,9 @@ from monai_xai import (
 )
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
-from monai_xai.grounding.drafts import Draft, settle
+from monai_xai.grounding.drafts import Cohort, Draft, settle
 from monai_xai.grounding.evidence import _rolled, gather
-from monai_xai.grounding.of_finding import reached
+from monai_xai.grounding.of_finding import _on_confounders, reached
 from monai_xai.grounding.places import BODY as BODY_REST
 from monai_xai.grounding.places import FINDING, OUTSIDE, name_places, shares_of_places
 from monai_xai.grounding.procedure import ORDER, decide
@@ -239,6 +240,23 @@ def test_a_network_that_uses_the_tag_is_off_target_and_the_structure_is_named():
     assert "most is in the outside of the body" in without.sentence
     assert [test.as_dict() for test in without.tests] == [test.as_dict() for test in found.tests]
     assert without.places["the outside of the body"] >= found.places["the tag"] - 1e-12
+
+
+def test_a_confounder_in_the_body_is_held_against_places_in_the_body():
+    """Any place in the body has more of a map that lies in the body than the air around it has."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(100):
+        cases, marks = [], {}
+        for i in range(8):
+            noise = ndimage.gaussian_filter(generator.normal(size=(SIZE, SIZE)), 2)
+            values = torch.from_numpy(noise)[None, None] * BODY
+            angle = generator.uniform(0, 2 * math.pi)
+            marks[f"case{i}"] = disk(11.5 + 6 * math.sin(angle), 11.5 + 6 * math.cos(angle), 2.2)
+            cases.append(
+                SimpleNamespace(id=f"case{i}", located=lambda values=values: values, body=BODY[None, None])
+            )
+        found += _on_confounders(Cohort(cases, SETTINGS), {"scar": marks}).values()
+    assert np.mean(np.array(found) < 0.05) <= 0.09, "0.05 within two standard errors"
 
 
 def test_a_gain_that_is_certain_and_small_is_no_pass():

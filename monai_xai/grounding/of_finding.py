@@ -294,7 +294,10 @@ def _peak(cohort: Cohort) -> str:
 
 
 def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return for each confounder the p-value of the highest voxels covering it more than any other place."""
+    """Return for each confounder the p-value of the highest voxels covering it more than any other place.
+
+    A confounder in the body is held against places in the body: in the air, where maps hold nothing, anything wins.
+    """
     found = {}
     for name, masks in confounders.items():
         tests = []
@@ -310,7 +313,14 @@ def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
             count = max(1, round(_TOP * values.numel()))
             top = torch.zeros(values.numel(), dtype=torch.float64)
             top[values.flatten().topk(count).indices] = 1.0
-            tests.append(shift_null(top.reshape(values.shape), mask, min_places=cohort.settings.min_places))
+            body, share = e.body[0, 0], cohort.settings.inside
+            is_inside = int((mask & body).sum()) >= share * int(mask.sum())
+            tests.append(
+                shift_null(
+                    top.reshape(values.shape), mask, body if is_inside else None, inside=share,
+                    min_places=cohort.settings.min_places,
+                )
+            )  # fmt: skip
         found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]
     known = {name: p for name, p in found.items() if not math.isnan(p)}
     return dict(zip(known, holm(list(known.values())), strict=True))
