@@ -433,6 +433,27 @@ def test_modalities_that_the_network_does_not_use_are_named():
     assert "image 1 contribute" in found.message
 
 
+class LevelAndTexture(nn.Module):
+    """Uses how bright the first channel is as a whole, which a blur keeps, and the texture of the second."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([4.0, 1.0]) + 0.01 * seed)
+
+    def forward(self, x):
+        level, texture = x[:, 0].mean((1, 2)), x[:, 1].square().mean((1, 2))
+        score = (self.weights[0] * level + self.weights[1] * texture)[:, None]
+        return torch.cat([torch.zeros_like(score), score], 1)
+
+
+def test_modalities_are_weighed_against_the_baseline_that_the_map_has():
+    cases, regions = make_cases(channels=2)
+    networks = LevelAndTexture(), LevelAndTexture(1)
+    found = judge(**{**COMPLETE, "networks": networks, "cases": cases, "regions": regions}).test("T13")
+    assert found.value == 1.0, "under a blur the level is worth nothing"
+    assert found.status == "PASS", found.message
+
+
 def test_wrong_predictions_permuted_labels_and_a_third_class_are_looked_at():
     class Three(Reader):
         def forward(self, x):

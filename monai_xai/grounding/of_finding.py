@@ -10,6 +10,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
+from monai_xai.baselines import Blur, Noise
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
@@ -22,6 +23,7 @@ from monai_xai.metrics.localization import (
     modality_specific_importance,
     relevance_mass,
 )
+from monai_xai.metrics.perturbations import usual_imputer
 from monai_xai.modalities import ModalityExplanation, ModalityShapley
 from monai_xai.statistics import (
     NullTest,
@@ -403,7 +405,7 @@ def _resampled(n: int, seed: int) -> np.ndarray:
 
 
 def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
-    """T13: what the map gives each modality against its Shapley value."""
+    """T13: what the map gives each modality against its Shapley value under the same baseline."""
     first = cohort.cases[0]
     if sum(x.shape[1] if x.ndim > 2 else 1 for x in first.inputs.values()) < 2:
         return unavailable("T13", T13, "Q2", "Not asked: there is one modality.")
@@ -412,9 +414,11 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
         why = "Not asked: the method gives one map for all channels."
         return unavailable("T13", T13, "Q2", why)
     found, taus, focus, residuals = ModalityCohort(seed=cohort.settings.seed), {}, [], []
+    own = usual_imputer(first.explainer.attributor)
+    baselines = {"that of the map": own, "another": Noise() if isinstance(own, Blur) else Blur()}
     for e in cohort.cases:
         shapley = ModalityShapley(
-            e.frozen, inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
+            e.frozen, baselines, inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
             call=e.explainer.call, embeddings=e.explainer.embeddings, progress=False, seed=cohort.settings.seed,
         )  # fmt: skip
         explained = shapley(network, e.inputs)
