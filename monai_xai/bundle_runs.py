@@ -470,7 +470,7 @@ def as_config(value: Any) -> Config:
 
 def _setting(name: str, value: Any) -> Any:
     """Return the value of a setting; a config given as text, as on a command line, as what it says."""
-    if not (isinstance(value, str) and value.lstrip().startswith("{")):
+    if not (isinstance(value, str) and value.lstrip().startswith("{") and "_target_" in value):
         return value
     try:
         return yaml.safe_load(value)

@@ -82,11 +82,10 @@ def _raised(output: Any, dtype: torch.dtype) -> Any:
         return output.float() if output.dtype == dtype else output
     if isinstance(output, Mapping):
         return {name: _raised(part, dtype) for name, part in output.items()}
-    return (
-        type(output)([_raised(part, dtype) for part in output])
-        if isinstance(output, list | tuple)
-        else output
-    )
+    if not isinstance(output, list | tuple):
+        return output
+    parts = [_raised(part, dtype) for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
 
 class EmbeddedInput:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.attributors.base import add_up, sum_over
+from monai_xai.attributors.refinement import PathAttributor
 from monai_xai.baselines import Auto
-from monai_xai.calls import CallForm
+from monai_xai.calls import CallForm, ReplayedInferer
 from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
@@ -72,10 +73,11 @@ class Explainer:
         spread: whether the windows of a case are shared out among the processes that ``torchrun`` has started, all of
             which must explain the same cases and get the same explanation. For methods that find each window's part by
             itself (``by_window``), and targets linear in the output; others are computed in every process.
-        autocast: "bfloat16" or "float16" lets the network compute in it, where ``torch.autocast`` sees fit; everything
-            else stays in single precision. Whether that is enough is for the completeness gap to say, so this is for
-            methods that integrate until they add up: a case whose gap stays above ``tolerated_gap`` is explained again
-            without, and a :class:`PrecisionWarning` says so. ``facts["precision"]`` is what a map was computed in.
+        autocast: "bfloat16" or "float16" lets the network compute in it, where ``torch.autocast`` sees fit; targets and
+            everything else stay in single precision. Whether that is enough is for the completeness gap to say, so this
+            is for methods that integrate until they add up, here to half of ``tolerated_gap`` in at most 31 steps: a
+            case whose gap stays above ``tolerated_gap`` is explained again without, unless ``max_seconds`` are over, and
+            a :class:`PrecisionWarning` says so. ``facts["precision"]`` is what a map was computed in.
 
     Example:
         >>> import torch
@@ -166,7 +168,7 @@ class Explainer:
         with self._together(inputs):
             clock = Clock.of(self.max_seconds)
             with open_task(self, network, inputs, label, prediction) as task:
-                self._lower(task)
+                self._require_single(task)
                 targets = task.targets()
                 return {
                     name: self._explain(task, target, part.anew())
@@ -188,11 +190,7 @@ class Explainer:
         scoring = replace(task.scoring(target), clock=clock)
         attributor = task.placed(self.attributor, target)
         with guard(attributor.name, scoring.values):
-            attribution = self._attribute(attributor, scoring)
-            if task.network.autocast is not None and not clock.is_cut and self._is_too_coarse(attribution):
-                task.network.autocast = None  # and so for all that is asked of this batch
-                scoring = replace(task.scoring(target), clock=clock)
-                attribution = self._attribute(attributor, scoring)
+            attribution = self._attribute_lowered(attributor, scoring, task)
         self._require_finite(attribution, target)
         explanation = Explanation(
             attributions={
@@ -209,29 +207,50 @@ class Explainer:
             channels={
                 name: tuple(self.channel_names[name]) for name in task.given if name in self.channel_names
             },
-            facts={
-                **task.facts(scoring),
-                **attribution.facts,
-                **self._cut(clock),
-                **self._precision(task),
-            },
+            facts={**task.facts(scoring), **attribution.facts, **self._cut(clock)},
             unit=target.unit,
             features=_features(attributor),
         )
         self._judge(explanation, scoring)
         return explanation
 
-    def _lower(self, task: Task) -> None:
-        """Let the network of a task compute in lower precision, if that is asked for."""
+    def _require_single(self, task: Task) -> None:
+        """Refuse what autocast does not lower, if that is asked for."""
         if self.autocast is None:
             return
+        if isinstance(self.inferer, ReplayedInferer):
+            raise InputError(
+                f"Explainer(autocast={self.autocast!r}): this engine calls its inferer in a way of its own, which is "
+                "replayed as it is. Leave autocast out."
+            )
         for name, x in task.inputs.items():
             if x.is_floating_point() and x.dtype != torch.float32:
                 raise InputError(
                     f"Explainer(autocast={self.autocast!r}) lowers float32, the input {name!r} is {x.dtype}: give "
                     f"{name!r}.float(), or leave autocast out."
                 )
+
+    def _attribute_lowered(self, attributor: Attributor, scoring: Scoring, task: Task) -> Attribution:
+        """Attribute in lower precision, if that is asked for, and in single precision after all where it is too coarse.
+
+        The target has selected before, in single precision.
+        """
+        if self.autocast is None:
+            return self._attribute(attributor, scoring)
+        coarser = (
+            attributor.coarser(self.tolerated_gap / 2)
+            if isinstance(attributor, PathAttributor)
+            else attributor
+        )
         task.network.autocast = _LOWERED[self.autocast]
+        try:
+            found = self._attribute(coarser, scoring)
+        finally:
+            task.network.autocast = None
+        precision: str = self.autocast
+        if not scoring.clock.is_cut and self._is_too_coarse(found):
+            found, precision = self._attribute(attributor, task.again(scoring)), "float32"
+        return replace(found, facts={**found.facts, "precision": precision})
 
     def _is_too_coarse(self, attribution: Attribution) -> bool:
         """Tell, with a warning, whether a map of lower precision does not add up."""
@@ -245,15 +264,6 @@ class Explainer:
             stacklevel=5,
         )
         return True
-
-    def _precision(self, task: Task) -> dict[str, str]:
-        """Return what the network computed in, where that was a choice."""
-        lowered = task.network.autocast
-        return (
-            {}
-            if self.autocast is None
-            else {"precision": str(lowered or torch.float32).removeprefix("torch.")}
-        )
 
     def _attribute(self, attributor: Attributor, scoring: Scoring) -> Attribution:
         baseline = getattr(attributor, "baseline", None)

@@ -307,8 +307,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         for module in network.modules():
             stack.callback(_module_restorer(module))
         parameters = list(network.parameters())
-        for parameter in (p for p in parameters if p.requires_grad):
-            stack.callback(parameter.requires_grad_, True)
+        for parameter in parameters:
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
         evaluate(network)
         stack.enter_context(torch.compiler.set_stance("force_eager"))

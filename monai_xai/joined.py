@@ -146,8 +146,8 @@ class Joined(ABC, Generic[Result]):
         """Return what the last trials give: where they are few, a look at their batch costs more than it saves."""
         if self._is_checked or len(trials) > _FEW:
             return self._together(trials)
-        known, self._known = self._known, None
-        return [known[1] if known and known[0] is trial else self._alone(trial) for trial in trials]
+        self._known = None
+        return [result for trial in trials for result in self._call([trial])]
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.

@@ -149,12 +149,20 @@ class Task:
 
     def _share(self, scoring: Scoring) -> Scoring:
         """Return a scoring with what all targets of this batch share."""
+        return self.again(
+            replace(
+                scoring,
+                progress=self.progress,
+                drawn=self._drawn,
+                embedded=self.network.embedded,
+                memory_gib=self.memory_gib,
+            )
+        )
+
+    def again(self, scoring: Scoring) -> Scoring:
+        """Return the same score, of which nothing is known yet: what batches hold, and whether their parts agree."""
         return replace(
             scoring,
-            progress=self.progress,
-            drawn=self._drawn,
-            embedded=self.network.embedded,
-            memory_gib=self.memory_gib,
             joined_scores=JoinedScores(self.memory_gib),
             joined_gradients=JoinedGradients(self.memory_gib),
         )

@@ -101,6 +101,8 @@ def test_setting_may_be_a_config_of_several_lines_in_one():
     settings = {"explain_board": "{_target_: monai_xai.TensorBoardAttributionHandler, log_dir: logs}"}
     config = yaml.safe_load(explain(str(BUNDLE), dry_run=True, **settings))
     assert config["explain_board"]["log_dir"] == "logs"
+    salt = {"explain_saver::salt": "{as given}"}
+    assert yaml.safe_load(explain(str(BUNDLE), dry_run=True, **salt))["explain_saver"]["salt"] == "{as given}"
     with pytest.raises(InputError, match="explain_board is no config in YAML"):
         explain(str(BUNDLE), dry_run=True, explain_board="{_target_: [}")
 

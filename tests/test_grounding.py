@@ -259,6 +259,19 @@ def test_a_confounder_in_the_body_is_held_against_places_in_the_body():
     assert np.mean(np.array(found) < 0.05) <= 0.09, "0.05 within two standard errors"
 
 
+def test_a_confounder_is_found_in_a_small_body():
+    generator, organ = np.random.default_rng(0), disk(11.5, 11.5, 4.0)[None, None]
+    cases, marks = [], {}
+    for i in range(8):
+        marks[f"case{i}"] = disk(11.5 + 2 * math.sin(i), 11.5 + 2 * math.cos(i), 1.0)
+        noise = torch.from_numpy(generator.random((SIZE, SIZE)))
+        values = (noise + 50 * marks[f"case{i}"])[None, None] * organ
+        cases.append(SimpleNamespace(id=f"case{i}", located=lambda values=values: values, body=organ))
+    settings = replace(SETTINGS, min_places=5)
+    assert float(organ.double().mean()) < 0.1
+    assert _on_confounders(Cohort(cases, settings), {"scar": marks})["scar"] < 0.01
+
+
 def test_a_gain_that_is_certain_and_small_is_no_pass():
     found = judge(**{**COMPLETE, "settings": replace(SETTINGS, gain=100.0)})
     assert found.test("T5").p < 0.01
@@ -285,6 +298,10 @@ def test_copies_of_a_map_are_rolled_on_every_grid_and_in_vectors():
     assert torch.equal(found[1], coarse.roll((2, 4), (2, 3)))
     assert torch.equal(found[2], record.roll(2, 1))
     assert torch.equal(_rolled(record, (0.0, 0.01)), record.roll(1, 1)), "an entry at least"
+    assert torch.equal(_rolled(coarse, (0.5, 0.98, 0.1)), coarse.roll((4, 4), (2, 3))), (
+        "farthest, not largest"
+    )
+    assert torch.equal(_rolled(coarse[..., :2, :2], (0.25, 0.1)), coarse[..., :2, :2].roll((1, 0), (2, 3)))
     assert not any(torch.equal(a, b) for a, b in zip(found, maps.values(), strict=True))
 
 

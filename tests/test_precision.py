@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from monai_xai import (
     InputError,
     IntegratedGradients,
     PrecisionWarning,
+    Predicted,
     RegionScore,
     Saliency,
 )
+from monai_xai.calls import ReplayedInferer
 
 REGION = RegionScore(1, Box((4, 4), (20, 20)))
 
@@ -61,6 +64,8 @@ def test_network_computes_in_bfloat16_and_the_rest_does_not(
     network: UNet, image: Tensor, inferer: SlidingWindowInferer | None
 ) -> None:
     seen: set[torch.dtype] = set()
+    with torch.no_grad():
+        prediction = network(image)
     handle = network.model[0].register_forward_hook(lambda *arguments: seen.add(arguments[2].dtype))
     explainer = Explainer(
         REGION,
@@ -71,7 +76,7 @@ def test_network_computes_in_bfloat16_and_the_rest_does_not(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", PrecisionWarning)
-        explanation = explainer(network, image)
+        explanation = explainer(network, image, prediction=prediction)
     handle.remove()
     assert seen == {torch.bfloat16}
     assert explanation.facts["precision"] == "bfloat16"  # type: ignore[union-attr]
@@ -107,6 +112,57 @@ def test_next_case_is_tried_in_lower_precision_again(network: UNet, image: Tenso
 def test_nothing_is_said_of_precision_that_was_no_choice(network: UNet, image: Tensor) -> None:
     explanation = Explainer(REGION, IntegratedGradients(), progress=False)(network, image)
     assert "precision" not in explanation.facts  # type: ignore[union-attr]
+
+
+def test_target_selects_in_single_precision(image: Tensor) -> None:
+    """In bfloat16 all logits of this network are equal, so that nothing is predicted."""
+    network, method = Offset().eval(), IntegratedGradients(baseline=Constant(0.0))
+    explainer = Explainer(RegionScore(1, Predicted()), method, progress=False, autocast="bfloat16")
+    with pytest.warns(PrecisionWarning):
+        found = explainer(network, image)
+    exact = Explainer(RegionScore(1, Predicted()), method, progress=False)(network, image)
+    assert torch.equal(found.attributions["image"], exact.attributions["image"])  # type: ignore[union-attr]
+
+
+def test_windows_are_not_refined_below_what_few_digits_can_tell(network: UNet, image: Tensor) -> None:
+    passes = {}
+    for autocast in (None, "bfloat16"):
+        explainer = Explainer(
+            REGION,
+            IntegratedGradients(baseline=Constant(0.0)),
+            SlidingWindowInferer(8, overlap=0.5),
+            progress=False,
+            autocast=autocast,  # type: ignore[arg-type]
+        )
+        passes[autocast] = float(explainer(network, image).facts["passes"])  # type: ignore[union-attr, arg-type]
+    assert passes["bfloat16"] <= 2 * passes[None]
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    features: Tensor
+
+
+def test_output_may_be_a_named_tuple(network: UNet, image: Tensor) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Named:
+            return Named(self.network(x), x)
+
+    target = RegionScore(1, Box((4, 4), (20, 20)), head=0)
+    method = IntegratedGradients(baseline=Constant(0.0))
+    explanation = Explainer(target, method, progress=False, autocast="bfloat16")(Several().eval(), image)
+    assert explanation.facts["precision"] == "bfloat16"  # type: ignore[union-attr]
+
+
+def test_replayed_call_is_refused(network: UNet, image: Tensor) -> None:
+    inferer = ReplayedInferer(SlidingWindowInferer(16), (), {})
+    explainer = Explainer(REGION, IntegratedGradients(), inferer, progress=False, autocast="bfloat16")
+    with pytest.raises(InputError, match="replayed as it is"):
+        explainer(network, image)
 
 
 @pytest.mark.parametrize("method", [Saliency(), DeepLift()])

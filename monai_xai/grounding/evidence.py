@@ -180,9 +180,9 @@ def gather(
 
 
 def _tolerated(explainer: Explainer) -> float:
-    """Gaps are what T1 tests: nothing is to be measured or told about them (where they do not choose a baseline)."""
+    """Gaps are what T1 tests: nothing is to be told about them, where they do not choose a baseline or precision."""
     chooses = isinstance(getattr(explainer.attributor, "baseline", None), Auto)
-    return explainer.tolerated_gap if chooses else math.inf
+    return explainer.tolerated_gap if chooses or explainer.autocast is not None else math.inf
 
 
 def _batched(mask: Tensor, like: Tensor) -> Tensor:
@@ -265,12 +265,16 @@ def shifted_maps(evidence: Evidence, count: int, seed: int) -> list[Maps]:
 
 
 def _rolled(values: Tensor, share: Sequence[float]) -> Tensor:
-    """Return a map rolled by a share of each axis; a vector by the largest of them, by an entry at least."""
+    """Return a map rolled by a share of each axis, by one place at least; on other axes by the share that is farthest.
+
+    A vector has one axis of its own.
+    """
     own = values.shape[2:] if values.ndim > 2 else values.shape[1:]
-    shares = share if len(own) == len(share) else [max(share)] * len(own)
+    farthest = max(share, key=lambda part: min(part, 1 - part))
+    shares = share if len(own) == len(share) else [farthest] * len(own)
     steps = [round(part * n) for part, n in zip(shares, own, strict=True)]
-    if values.ndim == 2:
-        steps = [min(max(steps[0], 1), max(own[0] - 1, 0))]
+    axis = max(range(len(own)), key=lambda i: (min(shares[i], 1 - shares[i]), own[i]))
+    steps[axis] = min(max(steps[axis], 1), max(own[axis] - 1, 0))
     return values.roll(steps, tuple(range(values.ndim - len(own), values.ndim)))
 
 

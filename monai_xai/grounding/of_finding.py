@@ -10,7 +10,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from monai_xai.baselines import Blur, Noise
+from monai_xai.baselines import Auto, BaselineLike, Blur, Noise
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
@@ -312,17 +312,12 @@ def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
                 raise InputError(
                     f"Case {e.id}: the mask of {name!r} has shape {tuple(mask.shape)}, the image {tuple(values.shape)}."
                 )
-            count = max(1, round(_TOP * values.numel()))
-            top = torch.zeros(values.numel(), dtype=torch.float64)
-            top[values.flatten().topk(count).indices] = 1.0
             body, share = e.body[0, 0], cohort.settings.inside
             is_inside = int((mask & body).sum()) >= share * int(mask.sum())
-            tests.append(
-                shift_null(
-                    top.reshape(values.shape), mask, body if is_inside else None, inside=share,
-                    min_places=cohort.settings.min_places,
-                )
-            )  # fmt: skip
+            among = body if is_inside else torch.ones_like(body)
+            lowest = values[among].topk(max(1, round(_TOP * int(among.sum())))).values[-1]
+            top = ((values >= lowest) & (values > 0) & among).double()
+            tests.append(shift_null(top, mask, among, inside=share, min_places=cohort.settings.min_places))
         found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]
     known = {name: p for name, p in found.items() if not math.isnan(p)}
     return dict(zip(known, holm(list(known.values())), strict=True))
@@ -414,11 +409,9 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
         why = "Not asked: the method gives one map for all channels."
         return unavailable("T13", T13, "Q2", why)
     found, taus, focus, residuals = ModalityCohort(seed=cohort.settings.seed), {}, [], []
-    own = usual_imputer(first.explainer.attributor)
-    baselines = {"that of the map": own, "another": Noise() if isinstance(own, Blur) else Blur()}
     for e in cohort.cases:
         shapley = ModalityShapley(
-            e.frozen, baselines, inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
+            e.frozen, _baselines(e), inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
             call=e.explainer.call, embeddings=e.explainer.embeddings, progress=False, seed=cohort.settings.seed,
         )  # fmt: skip
         explained = shapley(network, e.inputs)
@@ -431,6 +424,15 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
         residuals.append(float(explained.residual(name).abs()[0]) / change if change else math.nan)
         focus.append(_focus(e, values))
     return _decide_modalities(cohort, found, taus, mean_of_known(residuals), mean_of_known(focus), credited)
+
+
+def _baselines(e: Evidence) -> dict[str, BaselineLike]:
+    """Return what the map of a case was held against, and something else."""
+    given = getattr(e.explainer.attributor, "baseline", None)
+    chosen = {str(candidate): candidate for candidate in given.candidates} if isinstance(given, Auto) else {}
+    own = chosen.get(str(e.explanation.facts.get("baseline"))) or usual_imputer(e.explainer.attributor)
+    blurs = any(isinstance(part, Blur) for part in (own.values() if isinstance(own, Mapping) else [own]))
+    return {"that of the map": own, "another": Noise() if blurs else Blur()}
 
 
 def _credited(e: Evidence) -> list[float] | None:

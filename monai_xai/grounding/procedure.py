@@ -101,7 +101,7 @@ def ground(
             drafts += _judge_costly(cohort, network)
     drafts += _not_run(drafts)
     tests, missing = settle(sorted(drafts, key=lambda d: ORDER.index(d.test.id)), settings)
-    tests = _resolve(tests)
+    tests = _resolve(tests, settings)
     places = shares_of_places(cohort.cases, structures, structure_names)
     where = name_places(cohort.cases, places)
     verdict, sentence, more = decide(tests, len(cohort.cases), settings, where)
@@ -185,15 +185,22 @@ def _not_run(drafts: Sequence[Draft]) -> list[Draft]:
     ]
 
 
-def _resolve(tests: Sequence[GroundingTest]) -> list[GroundingTest]:
-    """Take a provisional T2 back where deletion does not support it."""
+def _resolve(tests: Sequence[GroundingTest], settings: GroundingSettings) -> list[GroundingTest]:
+    """Let deletion decide where random weights give quite another map, and so does another training.
+
+    A provisional T2 is taken back where deletion does not support it.
+    """
     status = {test.id: test.status for test in tests}
-    return [
-        replace(test, status="INCONCLUSIVE")
-        if test.id == "T2" and test.status == "PROVISIONAL" and status["T5"] != "PASS"
-        else test
-        for test in tests
-    ]
+
+    def resolved(test: GroundingTest) -> GroundingTest:
+        if test.id != "T2":
+            return test
+        if test.status == "FAIL" and test.value < settings.little:
+            test = replace(test, status="PROVISIONAL", message=f"{test.message} But the weights matter.")
+        taken_back = test.status == "PROVISIONAL" and status["T5"] != "PASS"
+        return replace(test, status="INCONCLUSIVE") if taken_back else test
+
+    return [resolved(test) for test in tests]
 
 
 def decide(
