@@ -75,9 +75,9 @@ class Explainer:
             itself (``by_window``), and targets linear in the output; others are computed in every process.
         autocast: "bfloat16" or "float16" lets the network compute in it, where ``torch.autocast`` sees fit; targets and
             everything else stay in single precision. Whether that is enough is for the completeness gap to say, so this
-            is for methods that integrate until they add up, here to half of ``tolerated_gap`` in at most 31 steps: a
-            case whose gap stays above ``tolerated_gap`` is explained again without, unless ``max_seconds`` are over, and
-            a :class:`PrecisionWarning` says so. ``facts["precision"]`` is what a map was computed in.
+            is for methods that integrate until they add up, here to half of ``tolerated_gap`` in at most 31 steps. A
+            case whose gap stays above ``tolerated_gap`` is explained again without, unless ``max_seconds`` are over; a
+            :class:`PrecisionWarning` says so. ``facts["precision"]`` is what a map was computed in.
 
     Example:
         >>> import torch
