@@ -220,6 +220,21 @@ def test_explaining_changes_nothing(attributor, inferer):
     assert_equal(before, snapshot(network))
 
 
+def test_parameter_that_a_network_unfreezes_is_frozen_again():
+    class Unfreezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small_unet().requires_grad_(False)
+
+        def forward(self, x):
+            next(self.parameters()).requires_grad_(True)
+            return self.body(x)
+
+    network = Unfreezing()
+    Explainer(RegionScore(1, BOX), Saliency())(network, random_image(1, 2, 16, 16))
+    assert not any(p.requires_grad for p in network.parameters())
+
+
 def test_explaining_changes_nothing_when_it_fails():
     network = Failing().train()
     before = snapshot(network)

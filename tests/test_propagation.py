@@ -325,6 +325,43 @@ def test_guided_backprop_is_not_the_gradient_silently(act):
     assert float((guided - plain).norm()) > 0.1 * float(plain.norm())
 
 
+def _part_in_place(h):
+    h[:, :2].relu_()
+    return h
+
+
+def _twice_in_place(h):
+    h.relu_().sub_(0.2)
+    return functional.leaky_relu_(h, 0.3)
+
+
+def _alias(h):
+    other = h
+    h.relu_()
+    return h * 2 + other
+
+
+IN_PLACE = {
+    "part": (_part_in_place, lambda h: torch.cat([h[:, :2].relu(), h[:, 2:]], 1)),
+    "twice": (_twice_in_place, lambda h: functional.leaky_relu(h.relu() - 0.2, 0.3)),
+    "alias": (_alias, lambda h: h.relu() * 3),
+    "negative slope": (lambda h: functional.leaky_relu_(h, -0.2), lambda h: functional.leaky_relu(h, -0.2)),
+    "silu": (lambda h: functional.silu(h, inplace=True), functional.silu),
+}
+
+
+@pytest.mark.parametrize("form", IN_PLACE)
+@pytest.mark.parametrize("method", [GuidedBackprop(), Deconvolution()], ids=lambda m: m.name)
+def test_rectifiers_in_place_are_as_those_that_are_not(method, form):
+    torch.manual_seed(0)
+    weights, x = torch.randn(5, 4, dtype=torch.float64), random_image(1, 5)
+    found, wanted = (
+        maps(method, Called(lambda z, act=act: act(z @ weights + 0).square().sum(1, keepdim=True)), x)
+        for act in IN_PLACE[form]
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("method", [GuidedBackprop(), Deconvolution()], ids=lambda m: m.name)
 def test_rectified_gradients_refuse_a_network_without_rectifiers(method):
     with pytest.raises(UnsupportedNetworkError, match=r"calls none.*plain gradient"):

@@ -34,13 +34,21 @@ class RectifiedGradient(Attributor):
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
 
-        def attribute(term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
-            score, leaves = trace(term, inputs, watch := _Rectify(self))
-            watch.require_rectifiers(type(term.network).__name__)
-            return score.detach(), pull_back(score, leaves)
-
-        score, maps = scoring.propagate(self.name, attribute, scoring.values)
+        score, maps = scoring.propagate(self.name, self._attribute, scoring.values)
         return Attribution(scoring.named(maps), score)
+
+    def _attribute(self, term: Term, inputs: Tensors) -> tuple[Tensor, Tensors]:
+        try:
+            return self._pass_back(term, inputs, in_place=True)
+        except RuntimeError as error:
+            if "inplace" not in str(error).lower().replace("-", ""):
+                raise
+        return self._pass_back(term, inputs, in_place=False)  # in place, autograd refuses this network
+
+    def _pass_back(self, term: Term, inputs: Tensors, *, in_place: bool) -> tuple[Tensor, Tensors]:
+        score, leaves = trace(term, inputs, watch := _Rectify(self, in_place))
+        watch.require_rectifiers(type(term.network).__name__)
+        return score.detach(), pull_back(score, leaves)
 
     @abstractmethod
     def rectify(self, operation: Operation) -> Tensor:
@@ -83,9 +91,10 @@ class Deconvolution(RectifiedGradient):
 class _Rectify(Watch):
     takes_apart = False
 
-    def __init__(self, method: RectifiedGradient) -> None:
+    def __init__(self, method: RectifiedGradient, in_place: bool) -> None:
         super().__init__()
         self.method = method
+        self.in_place = in_place
         self.count = 0
         self.masks: list[Operation] = []
 
@@ -107,7 +116,8 @@ class _Rectify(Watch):
     def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
         """Let the network work in place where autograd sees it do so, and a rule may come after."""
         is_own = operation.name in RECTIFIERS and (not self.method.keeps_derivative or written._is_view())
-        return super().handle_in_place(operation, written) if is_own else self.handle(operation)
+        is_copied = is_own or not self.in_place
+        return super().handle_in_place(operation, written) if is_copied else self.handle(operation)
 
     def require_rectifiers(self, network: str) -> None:
         """Refuse a network that has called none, or in which there may be others than those called."""
