@@ -57,7 +57,7 @@ class GroundingSettings:
         gain: T5: smallest mean gain over the map shifted, as a share of what the score loses when all is removed: with
             many cases the chance that a wrong map brushes the right place is significant, too.
         outside: T10: largest mean share of the map outside of the body. Networks that look at nothing there were seen
-            to leave up to 8 % along its edge, in small images (docs/calibration.md).
+            to leave up to 14 % along its edge, in small images (docs/calibration.md).
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
