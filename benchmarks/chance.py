@@ -195,8 +195,8 @@ def pages(*, quick: bool, seed: int) -> list[str]:
         "nothing to do with network or image (T2, T5, T6), and what is said to be the finding (T7, T8, T9) or a "
         f"confounder (T10) lies anywhere in the body. A rate of 0.05 is found within {0.05 - error:.3f} and "
         f"{0.05 + error:.3f} in 95 % of such runs. Where a test asks for several things at once (T5 and T9: under "
-        "every imputer; T6: fidelity and stability), it is rarer. To pass takes a p that is corrected for all tests of "
-        "its gate.",
+        "every imputer; T6: fidelity and stability), it may be rarer. To pass takes a p that is corrected for all "
+        "tests of its gate.",
         "",
         "| test | p < 0.05 | passes | provisional | finds a confounder | n |",
         "|---|---|---|---|---|---|",

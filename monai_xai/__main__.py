@@ -123,7 +123,7 @@ def explain(
         overlay: name or file of the overlay that is merged over it.
         random_weights: load no weights, to try things out. What is explained then knows nothing.
         max_seconds: for one case; a method that can end early gives the best it has by then, with its error.
-        autocast: "bfloat16" or "float16", quicker on many GPUs; where attributions do not add up, float32 after all.
+        autocast: "bfloat16" or "float16" for the network; where attributions do not add up, float32 after all.
         anonymize: no name of a case or file in results; needs a secret in the environment variable XAI_SALT.
         overwrite: remove results of other settings from the output folder.
         dry_run: print the merged config as YAML, and run nothing.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.attributors.base import add_up, sum_over
-from monai_xai.attributors.refinement import PathAttributor
 from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm, ReplayedInferer
 from monai_xai.clock import Clock
@@ -237,14 +236,9 @@ class Explainer:
         """
         if self.autocast is None:
             return self._attribute(attributor, scoring)
-        coarser = (
-            attributor.coarser(self.tolerated_gap / 2)
-            if isinstance(attributor, PathAttributor)
-            else attributor
-        )
         task.network.autocast = _LOWERED[self.autocast]
         try:
-            found = self._attribute(coarser, scoring)
+            found = self._attribute(attributor.coarser(self.tolerated_gap / 2), scoring)
         finally:
             task.network.autocast = None
         precision: str = self.autocast

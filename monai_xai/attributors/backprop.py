@@ -33,7 +33,6 @@ class RectifiedGradient(Attributor):
 
     def attribute(self, scoring: Scoring) -> Attribution:
         refuse_repeated_calls(self, scoring)
-
         score, maps = scoring.propagate(self.name, self._attribute, scoring.values)
         return Attribution(scoring.named(maps), score)
 

@@ -90,6 +90,10 @@ class Attributor(Spelled, ABC):
         """Yield the method set otherwise, as it may add up where it does not now."""
         yield from ()
 
+    def coarser(self, gap: float) -> Attributor:
+        """Return the method for a network of few digits, content with this relative gap; others are as they are."""
+        return self
+
 
 class BaselineAttributor(Attributor):
     """A method with a field ``baseline``, which is coerced: a number or tensor means ``Constant``.

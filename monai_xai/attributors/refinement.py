@@ -27,7 +27,7 @@ PIECES_KEPT = 16
 _LEAST_KEPT, _MOST_KEPT = 4, 128  # pieces
 _HELD_GIB, _FREELY_HELD_GIB = 1.0, 1 / 16  # by up to PIECES_KEPT pieces, and by more
 _TOLERANCE = 0.01  # if nothing is said
-_COARSE_STEPS = 31
+_COARSE_STEPS = 31  # of a network of few digits: more would follow its rounding
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
 
 # How much the gradients at the beginning, in the middle and at the end count for the first and for the second half of
@@ -94,7 +94,6 @@ class PathAttributor(BaselineAttributor):
             yield replace(self, n_steps=4 * self.n_steps)  # type: ignore[call-arg]
 
     def coarser(self, gap: float) -> Attributor:
-        """Return the method for scores with few digits: more steps than these would follow their rounding."""
         if not self.is_adaptive:
             return self
         return replace(
