@@ -248,7 +248,7 @@ def main() -> None:
         "corner, are judged with true maps and with five impostors. Values of T2 are the similarity to maps of random "
         "weights, of T5 the gain over the map shifted, of T7 the share of the map in the lesion, of T10 the share "
         "outside of the body. Cells say in how many runs a test passed of those in which it was done, "
-        "and the range of its value.",
+        "and the range of its value; na: not done, since T2 had settled it.",
         "",
         f"Written in one run on {date.today()} (torch {torch.__version__}, seeds {chosen.seeds}: other data and other "
         "networks with each). Tests were tuned on seeds 0 to 200, and on none of these: T2 (another training may give "
