@@ -54,13 +54,13 @@ def growth() -> Iterator[Block]:
 def regions() -> Iterator[Block]:
     """Regions that meet some of all windows of 4 x 128³: the time as a multiple of their share of the whole.
 
-    The whole and its parts are run in turn, three times after a first; medians.
+    The whole and its parts are run in turn, five times after a first; medians.
     """
     warm_up()
     for windows, setting in PARTS:
         parts = PARTS[windows, setting]
         names = [f"ours {setting}", *(f"part {active} {setting}" for active in parts)]
-        whole, *taken = seconds_in_turn([CASES[name]() for name in names], 3)
+        whole, *taken = seconds_in_turn([CASES[name]() for name in names], 5)
         rows = [
             (active, seconds, seconds / whole / (active / windows))
             for active, seconds in zip(parts, taken, strict=True)
