@@ -27,6 +27,7 @@ from monai_xai import (
     ComparisonHandler,
     EdgeControl,
     Explainer,
+    GroundingCase,
     GuidedBackprop,
     InputError,
     InputXGradient,
@@ -35,7 +36,7 @@ from monai_xai import (
     TensorBoardComparisonHandler,
     overlays,
 )
-from monai_xai.comparison import Comparison, Criterion, default_criteria
+from monai_xai.comparison import Comparison, Criterion, compare, default_criteria, quick_criteria
 from monai_xai.comparison_handler import figures_of_comparison, summary_of, text_of_comparison
 from monai_xai.metrics import Scores
 
@@ -107,6 +108,33 @@ def test_values_are_those_of_the_explanations(run: tuple[Path, Comparison]) -> N
         values = explainer(engine.network.eval(), image).attributions["image"].sum(1)[0].clamp(min=0)
         mass = float(values[item["label"][0] > 0].sum() / values.sum())
         assert found.values["relevance mass"][1, i] == pytest.approx(mass, rel=1e-5)
+
+
+def test_quick_criteria_ask_the_same_at_less_than_half_of_the_evaluations() -> None:
+    network = evaluator([]).network.eval()
+    image = torch.rand(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    lesion = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    lesion[..., 10:20, 30:40] = True
+    default, quick = default_criteria(), quick_criteria()
+    evaluations, values = [], []
+    for criteria in (default, quick):
+        seen: list[int] = []
+        handle = network.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(len(args[0]))
+        )
+        found = compare(
+            METHODS, network, [GroundingCase("patient0", {"image": image + lesion})],
+            regions={"patient0": lesion}, criteria=criteria, progress=False,
+        )  # fmt: skip
+        handle.remove()
+        evaluations.append(sum(seen))
+        values.append(found.values)
+    assert evaluations[1] < evaluations[0] / 2
+    assert set(default) - set(quick) == {"insertion area"}
+    assert all(quick[name].better == default[name].better for name in quick)
+    assert all(np.isfinite(values[1][name]).all() for name in quick if name != "completeness gap")
+    for name in ("relevance mass", "likeness at random weights", "Gini sparseness"):
+        assert (values[0][name] == values[1][name]).all()
 
 
 def test_every_value_is_in_the_files(run: tuple[Path, Comparison]) -> None:
@@ -275,9 +303,11 @@ def test_every_bundle_can_be_compared_and_judged(bundle: str, kind: str) -> None
     merged = read_config(configs / "inference.yaml", own if own.is_file() else overlays.path(kind))
     assert merged["initialize"][-1] == f"$@{kind}_handler.attach(@evaluator)"
     assert set(merged[f"{kind}_handler"]) <= {
-        "_target_", "explainer", "explainers", "target", "region", "cases", "settings", "output_dir", "log_dir"
+        "_target_", "explainer", "explainers", "target", "region", "criteria", "cases", "settings", "output_dir",
+        "log_dir",
     }  # fmt: skip
     if kind == "comparison":
         methods = merged.get_parsed_content("comparison_methods")
         assert len([name for name in methods if not name.endswith("Control")]) >= 6
         assert {"EdgeControl", "NoiseControl"} <= set(methods)
+        assert set(merged.get_parsed_content("comparison_criteria")) == set(default_criteria())

@@ -45,7 +45,7 @@ from monai_xai import (
 )
 from monai_xai import metrics as m
 from monai_xai.metrics.faithfulness import NO_CHANGE, SAME_EVERYWHERE, admissible_shifts
-from monai_xai.metrics.perturbations import Disturbed, Perturbation, Players
+from monai_xai.metrics.perturbations import Disturbed, Perturbation, Players, chosen_in_turn
 from monai_xai.metrics.questions import ask
 from monai_xai.metrics.randomization import execution_order, tensors_of
 from monai_xai.metrics.robustness import measured_noise
@@ -457,6 +457,26 @@ def test_contributions_are_not_judged_by_noise():
     network, x = linear(1, 8, 8)
     with pytest.raises(InputError, match="RandomRemoval"):
         m.infidelity(EXACT, network, x, perturbation=m.GaussianPerturbation())
+
+
+def test_removals_take_every_feature_before_one_comes_again():
+    network, x = linear(1, 6, 12)
+    with ask(GRADIENT, network, x, None) as asked:
+        disturb = m.RandomRemoval(BLOCKS, ZERO, share=1 / 6).prepare(asked.scoring)  # 3 of 18 blocks
+        rounds = [torch.stack([disturb(6 * turn + part).chosen[0] for part in range(6)]) for turn in range(3)]
+    for chosen in rounds:
+        assert (chosen.sum(1) == 3).all() and (chosen.sum(0) == 1).all()
+    assert not torch.equal(rounds[0], rounds[1]) and not torch.equal(rounds[1], rounds[2])
+
+
+def test_removals_of_a_number_that_does_not_divide_the_features_leave_none_out():
+    present = torch.tensor([[True] * 10, [True, False] * 3 + [True] * 4])
+    size = torch.tensor([3, 2])
+    draws = torch.stack([chosen_in_turn(present, size, number, seed=1) for number in range(4)])
+    assert (draws.sum(2) == size).all()
+    assert ((draws.sum(0) > 0) == present).all() and draws.sum(0).max() == 2
+    alone = [chosen_in_turn(present[1:], size[1:], number, seed=1)[0] for number in range(4)]
+    assert torch.equal(torch.stack(alone), draws[:, 1])  # whatever is beside it
 
 
 def test_several_targets_are_refused():
