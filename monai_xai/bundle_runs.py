@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import difflib
-import importlib
 import json
 import os
 import re
@@ -22,7 +20,8 @@ from monai.bundle.utils import merge_kv
 from torch.utils.data import DataLoader, Subset
 
 from monai_xai.batches import case_of
-from monai_xai.bundle_heads import Config, Head, head_of, index_in, mappings_in
+from monai_xai.bundle_heads import Config, Head, head_of, index_in
+from monai_xai.bundle_settings import as_config, merge_setting
 from monai_xai.case_loader import file_of, items_of
 from monai_xai.errors import InputError, UnsupportedBundleError
 from monai_xai.files import write_whole
@@ -157,7 +156,7 @@ class BundleRequest:
         self._replace_data(parser)
         self._add_overlay(parser, evaluator, metadata)
         for name, value in self.settings.items():
-            merge_kv(parser, name, _setting(name, value))
+            merge_setting(parser, name, value)
         if self.random_weights:
             _drop_weights(parser)
         run_id = _find_run(parser, evaluator)
@@ -435,74 +434,3 @@ def _place_of(case: int | str, names: Sequence[str], count: int) -> int:
     near = difflib.get_close_matches(str(case), names, 3) or list(filter(None, names[:3]))
     there = f", such as {', '.join(near)}" if near else ""
     raise InputError(f"There is no case {case!r} among {count}{there}.")
-
-
-def as_config(value: Any) -> Config:
-    """Return a target, method, region or baseline as a config.
-
-    Args:
-        value: a config, as a mapping or as text; or text as written in code, and as explanations have it in
-            ``method`` and ``target``. Names without dots are those of ``monai_xai``.
-
-    Raises:
-        InputError: if it is none of these, or there is no such name.
-
-    Example:
-        >>> as_config("IntegratedGradients(n_steps=8, baseline=Blur(sigma=2.0))")
-        {'_target_': 'monai_xai.IntegratedGradients', 'n_steps': 8,
-         'baseline': {'_target_': 'monai_xai.Blur', 'sigma': 2.0}}
-        >>> as_config("{_target_: Occlusion, window: [1, 8, 8]}")
-        {'_target_': 'monai_xai.Occlusion', 'window': [1, 8, 8]}
-    """
-    if isinstance(value, str):
-        value = yaml.safe_load(value) if value.lstrip().startswith("{") else _from_code(value)
-    if not isinstance(value, dict) or "_target_" not in value:
-        raise InputError(
-            f"{value!r} is neither a name such as IntegratedGradients, nor a config such as "
-            '"{_target_: IntegratedGradients, n_steps: 8}", nor IntegratedGradients(n_steps=8).'
-        )
-    config = copy.deepcopy(value)
-    for part in mappings_in(config):
-        if "_target_" in part:
-            part["_target_"] = _dotted(str(part["_target_"]))
-    return dict(config)
-
-
-def _setting(name: str, value: Any) -> Any:
-    """Return the value of a setting; a config given as text, as on a command line, as what it says."""
-    if not (isinstance(value, str) and value.lstrip().startswith("{") and "_target_" in value):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"{name} is no config in YAML: {value!r}, {error}") from error
-
-
-def _dotted(name: str) -> str:
-    if "." in name:
-        return name
-    known = importlib.import_module("monai_xai").__all__
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
-        raise InputError(
-            f"There is no {name} in monai_xai{'; did you mean ' + ', '.join(near) if near else ''}."
-        )
-    return f"monai_xai.{name}"
-
-
-def _from_code(text: str) -> Any:
-    try:
-        return _literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
-        return text
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name | ast.Attribute):
-        return {"_target_": ast.unparse(node)}
-    if isinstance(node, ast.Call) and not node.args:
-        options = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
-        return {"_target_": ast.unparse(node.func), **options}
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(part) for part in node.elts]
-    return ast.literal_eval(node)

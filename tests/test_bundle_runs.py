@@ -31,7 +31,8 @@ from monai_xai import (
     UnsupportedBundleError,
 )
 from monai_xai.bundle_heads import Head, head_of
-from monai_xai.bundle_runs import BundleRequest, as_config, choose_cases
+from monai_xai.bundle_runs import BundleRequest, choose_cases
+from monai_xai.bundle_settings import as_config
 from monai_xai.handlers import register_events
 
 pytestmark = [

@@ -107,6 +107,32 @@ def test_setting_may_be_a_config_of_several_lines_in_one():
         explain(str(BUNDLE), dry_run=True, explain_board="{_target_: [}")
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "message"),
+    [
+        ("", "explainer::progess", None),  # an option of its own: whoever is built says whether it knows it
+        ("", "datset_dir", "datset_dir sets nothing: .* Did you mean dataset_dir"),
+        ("", "explaner::progress", "explaner::progress sets nothing: .* Did you mean explainer::progress"),
+        ("evaluate", "inferer::overlap", "Did you mean .*validate::inferer::overlap"),
+        ("", "initialize::99", "initialize::99 cannot be set to 0"),
+        ("", "+explainer", "[+]explainer cannot be set to 0"),
+        ("", "explainer#progress", None),
+    ],
+)
+def test_setting_that_nothing_reads_is_refused(config, name, message):
+    if message is None:
+        assert "0" in explain(str(BUNDLE), config=config, dry_run=True, **{name: 0})
+        return
+    with pytest.raises(InputError, match=message):
+        explain(str(BUNDLE), config=config, dry_run=True, **{name: 0})
+
+
+def test_setting_that_is_only_referred_to_is_taken():
+    given = {"explainer::progress": "@shown", "shown": False}
+    config = yaml.safe_load(explain(str(BUNDLE), dry_run=True, **given))
+    assert config["shown"] is False
+
+
 def test_names_are_hidden_under_a_secret_that_is_not_written(monkeypatch):
     monkeypatch.delenv("XAI_SALT", raising=False)
     with pytest.raises(InputError, match="XAI_SALT"):

@@ -64,6 +64,7 @@ FLOORS = {
     "comparison_handler": 5,
     "overlays": 6,
     "bundle_heads": 6,
+    "bundle_settings": 6,
     "bundle_runs": 6,
     "__main__": 6,
 }
@@ -103,7 +104,8 @@ NEIGHBORS = {
     "judging": {"gathering", "handlers", "report", "tensorboard"},
     "grounding_handler": {"gathering", "handlers", "judging", "report", "tensorboard"},
     "comparison_handler": {"gathering", "handlers", "judging", "report", "tensorboard"},
-    "bundle_runs": {"bundle_heads", "overlays"},
+    "bundle_settings": {"bundle_heads"},
+    "bundle_runs": {"bundle_heads", "bundle_settings", "overlays"},
     "__main__": {"bundle_runs", "overlays"},
 }
 # Hosts that only some floors may touch.
