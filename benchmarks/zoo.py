@@ -93,7 +93,9 @@ CHANGES: Mapping[str, Change] = {
     "classification_template": Change(item={"label": 0}),
     "multi_organ_segmentation": _SEARCHED,
     "pancreas_ct_dints_segmentation": _SEARCHED,
-    "pathology_nuclei_segmentation_classification": Change(size=(256, 256)),
+    "pathology_nuclei_segmentation_classification": Change(
+        size=(164, 164), note="164², which makes one window"
+    ),
     "pathology_tumor_detection": Change(
         settings={"network_def::pretrained": False}, note="ImageNet weights not fetched"
     ),
@@ -336,15 +338,19 @@ def run_apart(bundle: Path, file: Path, seconds: float) -> dict[str, Any]:
     process = multiprocessing.get_context("fork").Process(target=run_and_write, args=(bundle, scratch))
     process.start()
     process.join(seconds)
-    if process.is_alive():
+    late = process.is_alive()
+    if late:
         process.kill()
         process.join()
     text = scratch.read_text()
     scratch.unlink()
     if text:
         return dict(json.loads(text))
-    late = process.exitcode == -signal.SIGKILL
-    reason = f"not finished within {seconds:.0f} s" if late else f"the process ended with {process.exitcode}"
+    reason = f"the process ended with {process.exitcode}"
+    if process.exitcode == -signal.SIGKILL:
+        reason = (
+            f"not finished within {seconds:.0f} s" if late else "killed by the system, as when memory is full"
+        )
     return {"status": "failed", "reason": reason}
 
 
