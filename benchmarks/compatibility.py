@@ -447,7 +447,10 @@ METHODS: dict[str, tuple[xai.Attributor, Check]] = {
     "Saliency": (xai.Saliency(), by_finite_differences),
     "InputXGradient": (xai.InputXGradient(), by_finite_differences),
     "IntegratedGradients": (xai.IntegratedGradients(baseline=NOISE, tolerance=0.01), by_completeness),
-    "IntegratedGradients (auto)": (xai.IntegratedGradients(baseline="auto"), by_completeness),
+    "IntegratedGradients (auto)": (
+        xai.IntegratedGradients(baseline="auto", max_steps=511),
+        by_completeness,
+    ),
     "BlurIntegratedGradients": (xai.BlurIntegratedGradients(), by_completeness),
     "GuidedIntegratedGradients": (
         xai.GuidedIntegratedGradients(baseline="auto", tolerance=0.03, max_steps=600),

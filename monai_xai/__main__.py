@@ -127,7 +127,8 @@ def explain(
         anonymize: no name of a case or file in results; needs a secret in the environment variable XAI_SALT.
         overwrite: remove results of other settings from the output folder.
         dry_run: print the merged config as YAML, and run nothing.
-        settings: values by their id in the merged config, as under `python -m monai.bundle run`.
+        settings: values by their id in the merged config, as under `python -m monai.bundle run`; one that nothing
+            reads is refused.
     """
     if anonymize:
         if not os.environ.get("XAI_SALT"):
@@ -211,8 +212,8 @@ compare_methods = _over_cases(
 
         python -m monai_xai compare --bundle spleen_ct_segmentation --config evaluate
 
-    Tables are in comparison/ of the output folder. Location is judged where cases have a mask as their label. Large
-    volumes cost less than half with --comparison_criteria "{_target_: monai_xai.comparison.quick_criteria}".""",
+    Tables are in comparison/ of the output folder. Location is judged where cases have a mask as their label. For large
+    volumes --comparison_criteria "{_target_: monai_xai.comparison.quick_criteria}" is about half of the work.""",
     "as many as the overlay says",
 )
 judge = _over_cases(

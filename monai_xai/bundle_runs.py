@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 from monai_xai.batches import case_of
 from monai_xai.bundle_heads import Config, Head, head_of, index_in
-from monai_xai.bundle_settings import as_config, merge_setting
+from monai_xai.bundle_settings import as_config, merge_settings
 from monai_xai.case_loader import file_of, items_of
 from monai_xai.errors import InputError, UnsupportedBundleError
 from monai_xai.files import write_whole
@@ -155,8 +155,7 @@ class BundleRequest:
         evaluator = _find_evaluator(parser, folder)
         self._replace_data(parser)
         self._add_overlay(parser, evaluator, metadata)
-        for name, value in self.settings.items():
-            merge_setting(parser, name, value)
+        merge_settings(parser, self.settings)
         if self.random_weights:
             _drop_weights(parser)
         run_id = _find_run(parser, evaluator)

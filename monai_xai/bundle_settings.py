@@ -8,7 +8,7 @@ import difflib
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -21,26 +21,30 @@ from monai_xai.errors import InputError
 _READ_BY_MONAI = {"imports", "initialize", "run", "finalize"}
 
 
-def merge_setting(parser: ConfigParser, name: str, value: Any) -> None:
-    """Put a value into a config, as ``python -m monai.bundle run`` does.
+def merge_settings(parser: ConfigParser, settings: Mapping[str, Any]) -> None:
+    """Put values into a config by their ids, as ``python -m monai.bundle run`` does, but for what nothing would read.
 
     Args:
         parser: has the config.
-        name: its id; with ``+`` in front lists are extended and dicts updated.
-        value: takes the place of what is there. A config given as text is what it says.
+        settings: values by id; with ``+`` in front lists are extended and dicts updated. A config given as text is
+            what it says.
 
     Raises:
-        InputError: if there is no such place, or nothing reads it, naming places that are meant, maybe.
+        InputError: if there is no such place, or it is a top-level name that the config neither has nor refers to,
+            with places that may be meant.
     """
-    id_ = name.removeprefix("+").replace("#", "::")
-    if not _is_read(parser, id_):
-        near = _near(id_, parser.get())
-        meant = f" Did you mean {', '.join(near)}?" if near else ""
-        raise InputError(f"{name} sets nothing: the config neither has nor refers to it.{meant}")
-    try:
-        merge_kv(parser, name, _parsed(name, value))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot be set to {value!r}: {error}") from error
+    values = {name: _parsed(name, value) for name, value in settings.items()}
+    words = json.dumps([parser.get(), values], default=str, ensure_ascii=False)
+    for name, value in values.items():
+        id_ = name.removeprefix("+").replace("#", "::")
+        if not _is_read(parser, id_, words):
+            near = _near(parser, id_)
+            meant = f" Did you mean {', '.join(near)}?" if near else ""
+            raise InputError(f"{name} sets nothing: the config has no place for it.{meant}")
+        try:
+            merge_kv(parser, name, value)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{name} cannot be set to {value!r}: {error}") from error
 
 
 def _parsed(name: str, value: Any) -> Any:
@@ -52,31 +56,33 @@ def _parsed(name: str, value: Any) -> Any:
         raise InputError(f"{name} is no config in YAML: {value!r}, {error}") from error
 
 
-def _is_read(parser: ConfigParser, id_: str) -> bool:
+def _is_read(parser: ConfigParser, id_: str, words: str) -> bool:
+    """Tell whether a config has a place for a value, or says its name."""
     parent, _, _ = id_.rpartition("::")
     if parent:
-        return parent in parser
-    refers = re.compile(rf"[@%]{re.escape(id_)}\b")
-    return (
-        id_ in _READ_BY_MONAI or id_ in parser or bool(refers.search(json.dumps(parser.get(), default=str)))
-    )
+        return isinstance(parser.get(parent), dict | list)
+    is_said = re.search(rf"[@%](?:::|#)*{re.escape(id_)}\b", words)  # also from further down, as @::name
+    return id_ in _READ_BY_MONAI or id_ in parser or bool(is_said)
 
 
-def _near(id_: str, config: Config) -> list[str]:
+def _near(parser: ConfigParser, id_: str) -> list[str]:
     """Return ids that may be meant: another part of the config that has such a place, or another top-level name."""
-    parent, separator, last = id_.rpartition("::")
+    config = parser.get()
+    parent, _, last = id_.rpartition("::")
     if not parent:
-        return difflib.get_close_matches(id_, list(config), 3)
+        return difflib.get_close_matches(id_, map(str, config), 3)
+    if isinstance(reference := parser.get(parent), str) and reference.startswith("@"):
+        return [f"{reference[1:]}::{last}"]
     parts = list(_parts(config))
     same_end = [part for part in parts if part.endswith(f"::{parent}")]
-    return [part + separator + last for part in same_end[:3] or difflib.get_close_matches(parent, parts, 3)]
+    return [f"{part}::{last}" for part in same_end[:3] or difflib.get_close_matches(parent, parts, 3)]
 
 
 def _parts(config: Config, above: str = "") -> Iterator[str]:
     """Yield the ids of all dicts in a config."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield above + str(key)
+            yield f"{above}{key}"
             yield from _parts(value, f"{above}{key}::")
 
 

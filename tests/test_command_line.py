@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 
 from monai_xai import attributors, overlays
 from monai_xai.__main__ import compare_methods, explain, judge, layers, main, methods, modalities, overlay
+from monai_xai.bundle_settings import merge_settings
 from monai_xai.errors import InputError
 
 BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "ms_lesion_segmentation"
@@ -103,34 +104,45 @@ def test_setting_may_be_a_config_of_several_lines_in_one():
     assert config["explain_board"]["log_dir"] == "logs"
     salt = {"explain_saver::salt": "{as given}"}
     assert yaml.safe_load(explain(str(BUNDLE), dry_run=True, **salt))["explain_saver"]["salt"] == "{as given}"
-    with pytest.raises(InputError, match="explain_board is no config in YAML"):
+    with pytest.raises(InputError, match=r"^explain_board is no config in YAML"):
         explain(str(BUNDLE), dry_run=True, explain_board="{_target_: [}")
 
 
 @pytest.mark.parametrize(
     ("config", "name", "message"),
     [
-        ("", "explainer::progess", None),  # an option of its own: whoever is built says whether it knows it
         ("", "datset_dir", "datset_dir sets nothing: .* Did you mean dataset_dir"),
         ("", "explaner::progress", "explaner::progress sets nothing: .* Did you mean explainer::progress"),
         ("evaluate", "inferer::overlap", "Did you mean .*validate::inferer::overlap"),
+        ("", "evaluator::inferer::overlap", r"Did you mean inferer::overlap\?"),
         ("", "initialize::99", "initialize::99 cannot be set to 0"),
         ("", "+explainer", "[+]explainer cannot be set to 0"),
-        ("", "explainer#progress", None),
+        ("", "explainer", None),
     ],
 )
 def test_setting_that_nothing_reads_is_refused(config, name, message):
     if message is None:
-        assert "0" in explain(str(BUNDLE), config=config, dry_run=True, **{name: 0})
+        assert yaml.safe_load(explain(str(BUNDLE), config=config, dry_run=True, **{name: 0}))[name] == 0
         return
     with pytest.raises(InputError, match=message):
         explain(str(BUNDLE), config=config, dry_run=True, **{name: 0})
 
 
-def test_setting_that_is_only_referred_to_is_taken():
-    given = {"explainer::progress": "@shown", "shown": False}
-    config = yaml.safe_load(explain(str(BUNDLE), dry_run=True, **given))
-    assert config["shown"] is False
+def test_setting_inside_of_something_is_for_it_to_know():
+    config = yaml.safe_load(explain(str(BUNDLE), dry_run=True, **{"explainer#memory_gib": 0.5}))
+    assert config["explainer"]["memory_gib"] == 0.5
+    assert "explainer#memory_gib" not in config
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("word", ["@größe", "$@größe and True", "@::größe", "%größe"])
+def test_setting_that_another_one_refers_to_is_taken(word, is_first):
+    given = {"größe": False, "explainer::progress": word}
+    given = given if is_first else dict(reversed(given.items()))
+    parser = ConfigParser({"explainer": {"progress": True}})
+    merge_settings(parser, given)
+    assert parser["größe"] is False
+    assert parser["explainer::progress"] == word
 
 
 def test_names_are_hidden_under_a_secret_that_is_not_written(monkeypatch):

@@ -339,6 +339,28 @@ def test_a_label_map_that_does_not_fit_is_named(atlas):
         judge(structures={"case0": atlas})
 
 
+@dataclass(frozen=True)
+class FaintEdges(Attributor):
+    """The true map over edges that are a millionth as strong: noise alters their order, another patient hardly does."""
+
+    def attribute(self, scoring):
+        found = GRADIENTS.attribute(scoring)
+        image = scoring.inputs["image"]
+        return replace(
+            found,
+            maps={"image": found.maps["image"] + 1e-6 * (image - image.roll(1, -1)).abs().round(decimals=1)},
+        )
+
+
+def test_what_noise_does_to_voxels_without_evidence_does_not_count():
+    test = judge(attributor=FaintEdges()).test("T6")
+    assert test.status == "PASS", test.message
+    kept, others = (
+        float(re.search(rf"{words} (-?[0-9.]+)", test.message)[1]) for words in ("alike by", "patients by")
+    )
+    assert kept > 0.95 > 0.5 > others
+
+
 def test_edges_are_an_artifact_and_nothing_more_is_run():
     found = judge(attributor=Edges())
     assert found.verdict == "ARTIFACT"
