@@ -7,12 +7,15 @@ random weights and batch statistics that were calibrated on noise.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import monai_xai as xai
+from monai_xai.files import write_whole
 
 TABLE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 CLOSE = 1e-3
@@ -588,11 +592,27 @@ def _captum_maps(
 Cell = tuple[str, str, str, Outcome]
 
 
-def run(subjects: Sequence[str], processes: int = 1) -> list[Cell]:
-    """Return who, network, method and outcome of every pair; each process takes one network after the other."""
+def run(subjects: Sequence[str], processes: int = 1, kept: Path | None = None) -> list[Cell]:
+    """Return who, network, method and outcome of every pair; each process takes one network after the other.
+
+    Args:
+        subjects: names of networks.
+        processes: how many.
+        kept: folder where the row of each network is kept: those that are there already are not run again.
+    """
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        rows = tqdm(pool.map(run_network, subjects), total=len(subjects), desc="networks")
-        return [cell for row in rows for cell in row]
+        rows = pool.map(partial(run_or_read, kept=kept), subjects)
+        return [cell for row in tqdm(rows, total=len(subjects), desc="networks") for cell in row]
+
+
+def run_or_read(name: str, kept: Path | None) -> list[Cell]:
+    """Return the row of a network, as it was kept or from a run."""
+    if kept is None:
+        return run_network(name)
+    file = kept / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.json"
+    if not file.is_file():
+        write_whole(file, json.dumps([(*who, asdict(outcome)) for *who, outcome in run_network(name)]))
+    return [(*who, Outcome(**outcome)) for *who, outcome in json.loads(file.read_text())]
 
 
 def run_network(name: str) -> list[Cell]:
@@ -683,8 +703,13 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=1, help="networks at a time; times are then less even"
     )
+    parser.add_argument(
+        "--results", type=Path, help="folder where rows are kept, from which a run goes on that was ended"
+    )
     arguments = parser.parse_args()
-    page = table(run(arguments.networks, arguments.processes))
+    if arguments.results:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+    page = table(run(arguments.networks, arguments.processes, arguments.results))
     arguments.output.write_text(page, encoding="utf-8")
     print(page)
 
