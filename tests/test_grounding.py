@@ -417,6 +417,13 @@ def test_masks_that_say_nothing_are_inconclusive(regions):
     assert any("mask" in item for item in found.missing)
 
 
+def test_cases_whose_finding_fills_the_body_are_counted_with_the_reason():
+    found = judge(regions={**REGIONS, "case0": disk(11.5, 11.5, 9.5)}).test("T9")
+    assert math.isnan(found.per_case["case0"]) and found.n == N - 1
+    assert "Not decided in 1 of 8 cases (no shifted copy of the region fits" in found.message
+    assert "Not decided" not in judge().test("T9").message
+
+
 def test_a_prediction_that_does_not_move_is_nothing_to_explain():
     cases = [GroundingCase(f"case{i}", torch.zeros(1, 1, SIZE, SIZE)) for i in range(N)]
     found = judge(cases=cases)

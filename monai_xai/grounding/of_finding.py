@@ -191,9 +191,11 @@ def judge_necessity(cohort: Cohort, network: nn.Module) -> Draft:
     if math.isnan(p):
         why = f"Not decided: {next(iter(reasons), 'no case has a value')}."
         return Draft(test, missed=why, supply="masks that leave room in the body", settled="INCONCLUSIVE")
+    undone = sum(map(math.isnan, per_case.values()))
     facts = (
         f"Removing the finding moves the score by {test.value:.3g} more than removing the same volume elsewhere; the "
         f"finding alone gives back {_percent(mean_of_known(sufficient))} of the score. {_concordance(per_case, cases)}"
+        f"{f' Not decided in {undone} of {len(cases)} cases ({reasons[0]}).' if undone else ''}"
     )
     missed = (
         "Removing the finding changes the prediction no more than removing the same volume elsewhere: the model does "
