@@ -526,9 +526,15 @@ def test_a_regression_may_fall_where_the_finding_is():
         def forward(self, x):
             return -super().forward(x)[:, 1:]
 
-    found = judge((Falls(BODY), Falls(BODY, 1)), target=OutputScore())
+    network = Falls(BODY)
+    found = judge((network, Falls(BODY, 1)), target=OutputScore())
     assert found.verdict == "GROUNDED", found.sentence
     assert found.test("T9").value > 0
+    own = Explainer(OutputScore(), GRADIENTS, progress=False)(network, CASES[0].inputs).attributions["image"]
+    assert float(own.sum()) < 0
+    assert np.allclose(
+        found.cases[0].attribution, own[0, 0].numpy()
+    )  # the page has what lowers the score as such
 
 
 # ----------------------------------------------------------------------------------------- rules of the verdict

@@ -80,17 +80,22 @@ class Evidence:
 
     @property
     def maps(self) -> dict[str, Tensor]:
-        """Signed maps by input name; for regressions their magnitude."""
-        return self.signed(self.explanation)
+        """Maps by input name as they are judged: signed, for regressions their magnitude."""
+        return self.judged(self.explanation)
 
-    def signed(self, explanation: Explanation) -> dict[str, Tensor]:
+    @property
+    def signed_maps(self) -> dict[str, Tensor]:
+        """Maps by input name as they are read: of a regression, too, with what raises the score and what lowers it."""
+        return {name: real(values) for name, values in self.explanation.attributions.items()}
+
+    def judged(self, explanation: Explanation) -> dict[str, Tensor]:
         """Return the maps of an explanation as they are judged."""
         maps = {name: real(values) for name, values in explanation.attributions.items()}
         return {name: values.abs() for name, values in maps.items()} if self.is_unsigned else maps
 
     def located(self, explanation: Explanation | None = None) -> Tensor:
         """Return the map of an explanation as :meth:`on_grid` does; None takes the one that is judged."""
-        return self.on_grid(self.signed(explanation or self.explanation))
+        return self.on_grid(self.judged(explanation or self.explanation))
 
     def on_grid(self, maps: Maps) -> Tensor:
         """Return one map on the grid of the first image, the sum over channels and images, shape (1, 1, *spatial)."""

@@ -102,7 +102,7 @@ def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | 
                     continue
                 change = abs(float(found.score[0]) - evidence.score)
                 moved[evidence.id] = max(moved[evidence.id], float(change > 1e-5 * abs(evidence.score)))
-                sims[evidence.id].append(alike(evidence.maps, evidence.signed(found)))
+                sims[evidence.id].append(alike(evidence.maps, evidence.judged(found)))
     share = mean_of_known(list(moved.values()))
     p3 = Draft(
         measured(cohort, "P3", P3, "P", moved, threshold="half of the cases", origin=CHOICE),
@@ -126,7 +126,7 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
     if second is not None:
         found = {e.id: map_again(e, second) for e in cohort.cases}
         cohort.second = {name: explanation for name, explanation in found.items() if explanation is not None}
-    kept = {e.id: alike(e.maps, e.signed(cohort.second[e.id])) for e in cohort.cases if e.id in cohort.second}
+    kept = {e.id: alike(e.maps, e.judged(cohort.second[e.id])) for e in cohort.cases if e.id in cohort.second}
     p = signed_rank_test([kept[name] - by_chance[name] for name in kept]) if kept else math.nan
     test = measured(
         cohort, "T2", T2, "Q1", by_chance, p=p, threshold=rule,
@@ -151,7 +151,7 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
 
 def _to(evidence: Evidence, network: nn.Module) -> float:
     found = map_again(evidence, network)
-    return math.nan if found is None else alike(evidence.maps, evidence.signed(found))
+    return math.nan if found is None else alike(evidence.maps, evidence.judged(found))
 
 
 def judge_permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
@@ -335,7 +335,7 @@ def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str
         )
         found = map_again(e, network, noised(e, settings.noise, settings.seed))
         if found is not None:
-            again[e.id] = e.signed(found)
+            again[e.id] = e.judged(found)
         kept = alike(e.maps, again[e.id]) if found is not None else math.nan
         stable[e.id] = kept - others
         e.per_case["T6 stability"] = kept

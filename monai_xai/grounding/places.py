@@ -22,7 +22,7 @@ def shares_of_places(
     structures: Mapping[str, Tensor] | None = None,
     names: Mapping[int, str] | None = None,
 ) -> dict[str, float]:
-    """Return which share of the positive map lies where, the mean over cases; shares add up to 1.
+    """Return which share of the evidence lies where, the mean over cases; shares add up to 1.
 
     A voxel counts once: for the finding, else for its structure, else for the body or its outside.
 

@@ -271,9 +271,8 @@ def _shown(e: Evidence) -> GroundedCase:
 
 def _image(e: Evidence, name: str) -> GroundedCase:
     """Return one image of a case with its map, summed over channels, and the masks on its grid."""
-    image, values = e.inputs[name], as_one_map(e.maps[name]).cpu()
-    if name == e.grid:
-        values = e.located()
+    image, maps = e.inputs[name], e.signed_maps
+    values = e.on_grid(maps) if name == e.grid else as_one_map(maps[name]).cpu()
     fits = image.shape[2:] == e.body.shape[2:]
     return GroundedCase(
         "",

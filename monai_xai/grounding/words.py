@@ -176,7 +176,7 @@ class GroundedCase:
     Attributes:
         id: the case's name.
         image: the first image that was explained, (C, *spatial).
-        attribution: its map, summed over channels, (*spatial).
+        attribution: its map with signs, summed over channels, (*spatial).
         region: the marked finding, bool (*spatial); None if none was given.
         prediction: the predicted mask, bool (*spatial); None for networks that predict no mask.
         spacing: size of a voxel in millimeters, one per axis.
@@ -217,8 +217,8 @@ class Grounding:
             "cascade: pearson", ...) a mapping of "x" and "y" to lists of equal length, means over cases; from 5 cases
             on with "low" and "high", 95 % bootstrap bands.
         configuration: thresholds, seeds, versions, method, target.
-        places: which share of the positive map lies where, the mean over cases: in the finding, in named structures, in
-            the body elsewhere, outside of it.
+        places: which share of the evidence (the positive map, of a regression its magnitude) lies where, the mean over
+            cases: in the finding, in named structures, in the body elsewhere, outside of it.
     """
 
     verdict: Verdict

@@ -264,7 +264,7 @@ def _places(grounding: Grounding) -> Iterator[Html]:
     if grounding.places:
         yield element("h3", "Where the evidence lies")
         rows = [[name, _cell(f"{share:.1%}")] for name, share in grounding.places.items()]
-        yield table(["place", "share of the positive map, mean over cases"], rows)
+        yield table(["place", "share of the evidence, mean over cases"], rows)
 
 
 def _supplies(grounding: Grounding) -> Iterator[Html]:
