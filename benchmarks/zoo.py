@@ -41,6 +41,8 @@ from monai_xai.handlers import register_events
 
 TOLERANCE = 1e-3
 """Relative difference between the map and the finite difference up to which a map is right."""
+LEAST = 0.1
+"""Slope along a direction, in units of what it has on average, the norm of the map: below that another one is drawn."""
 STEPS = (1e-7, 1e-8)
 """Of the finite difference, in units of the input, whose standard deviation is 1: the best counts, since a large step
 crosses the kinks of a network and a small one drowns in rounding."""
@@ -183,8 +185,7 @@ def _check(engine: Engine, explainer: Explainer, file: Path) -> None:
             return target.pick(inferer(x, engine.network))
 
     selection = target.select(output(image), None)
-    direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = float((attribution * direction).sum())
+    direction, expected = _along(attribution)
 
     def score(step: float) -> float:
         return float(target.score(output(image + step * direction), *selection))
@@ -211,6 +212,19 @@ def _check(engine: Engine, explainer: Explainer, file: Path) -> None:
         "target": explanation.target,
     }
     file.write_text(json.dumps(found))
+
+
+def _along(attribution: Tensor) -> tuple[Tensor, float]:
+    """Return the first of random directions along which a map predicts no slope that is tiny by chance, and the slope.
+
+    Of a direction at right angles to the gradient, kinks and rounding make up the slope.
+    """
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        direction = torch.randn(attribution.shape, generator=generator, dtype=torch.float64)
+        slope = float((attribution * direction).sum())
+        if abs(slope) >= LEAST * float(attribution.norm()):
+            return direction, slope
 
 
 def run_bundle(bundle: Path, file: Path) -> dict[str, Any]:
@@ -432,11 +446,12 @@ explained and their maps checked, {refused} are refused with the reason, {others
 Each run is the one that `python -m monai_xai explain --bundle DIR --random_weights --method Saliency` builds from the
 bundle's own inference config: its evaluator, inferer, network and `prepare_batch` as they are. In the place of its own
 are one synthetic case of noise, no post-processing, no savers and no metrics, random weights in float64, and what the
-last column says. The map is held against the central difference of the score along a random direction, through
-the engine's own call of its inferer, with the best of the steps {steps}; it is right up to a relative difference of
-{tolerance:g}: random networks have so many kinks that smaller steps than these drown in rounding before they clear
-them. Beside it is the largest difference to autograd through the same call, relative to the largest value of the map.
-What is explained here knows nothing: the table is about configs and gradients, not about findings.
+last column says. The map is held against the central difference of the score along a random direction (the first
+along which the slope is not tiny by chance), through the engine's own call of its inferer, with the best of the steps
+{steps}; it is right up to a relative difference of {tolerance:g}: random networks have so many kinks that smaller steps
+than these drown in rounding before they clear them. Beside it is the largest difference to autograd through the same
+call, relative to the largest value of the map. What is explained here knows nothing: the table is about configs and
+gradients, not about findings.
 
 {table}
 """
