@@ -133,8 +133,13 @@ CHANGES: Mapping[str, Change] = {
     "wholeBody_ct_segmentation": _SMALL,
     "wholeBrainSeg_Large_UNEST_segmentation": Change(
         size=(96, 96, 96),
-        settings={"network_def::depths": [2, 2, 2]},
-        note="one window; 2 of 8 deep blocks",
+        settings={
+            "network_def::depths": [2, 2, 2],
+            "network_def::embed_dim": [64, 128, 256],
+            "network_def::feature_size": 8,
+            "network_def::out_channels": 8,
+        },
+        note="one window; 2 of 8 deep blocks, half of the features, 8 of 133 classes",
     ),
 }
 
