@@ -9,7 +9,6 @@ import csv
 import io
 import warnings
 
-import numpy as np
 import torch
 
 from benchmarks.phantoms import make_phantoms, train
@@ -31,10 +30,9 @@ from monai_xai import (
     Saliency,
     compare,
 )
-from monai_xai.comparison import Comparison, ComparisonRow
+from monai_xai.comparison import Comparison
 
 SHAPE, COUNT, SEED = (32, 32), 12, 0
-_UNSHOWN = {"peak GiB"}
 
 
 def methods() -> dict[str, Attributor]:
@@ -67,29 +65,18 @@ def run() -> Comparison:
 
 
 def as_table(found: Comparison) -> str:
-    """Return means, mean ranks in brackets, as rows of a csv-table; the best of each criterion in bold."""
-    names = [name for name in found.criteria if name not in _UNSHOWN]
-    rows = {(row.method, row.criterion): row for row in [*found.overall(), *found.rows()]}
-    best = {
-        name: min(ranks)
-        for name in names
-        if (ranks := [rows[m, name].rank for m in found.methods if not np.isnan(rows[m, name].rank)])
-    }
+    """Return the table of the comparison as rows of a csv-table, with intervals of the mean ranks."""
+    heads, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in found.as_markdown().splitlines()
+    )
+    shown = [number for number, head in enumerate(heads) if not head.startswith("peak GiB")]
+    for cells, whole in zip(lines, found.overall(), strict=True):
+        cells[1] += f", {whole.rank_low:.2f} to {whole.rank_high:.2f}"
+    heads[1] += ", 95 % interval"
     text = io.StringIO()
     table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    table.writerow(["method", "mean rank, 95 % interval", *names])
-    for method in found.methods:
-        whole = rows[method, "overall"]
-        cells = [_cell(rows[method, name], best.get(name)) for name in names]
-        table.writerow([method, f"{whole.rank:.2f}, {whole.rank_low:.2f} to {whole.rank_high:.2f}", *cells])
+    table.writerows([cells[number] for number in shown] for cells in (heads, *lines))
     return text.getvalue()
-
-
-def _cell(row: ComparisonRow, best: float | None) -> str:
-    if np.isnan(row.mean):
-        return "n/a"
-    text = f"{row.mean:.3g}" if np.isnan(row.rank) else f"{row.mean:.3g} ({row.rank:.1f})"
-    return f"**{text}**" if row.rank == best else text
 
 
 def main() -> None:

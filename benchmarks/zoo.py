@@ -228,7 +228,7 @@ def _along(attribution: Tensor) -> tuple[Tensor, float]:
     while True:
         direction = torch.randn(attribution.shape, generator=generator, dtype=torch.float64)
         slope = float((attribution * direction).sum())
-        if abs(slope) >= LEAST * float(attribution.norm()):
+        if not abs(slope) < LEAST * float(attribution.norm()):  # nor where the map is NaN
             return direction, slope
 
 

@@ -117,15 +117,15 @@ def test_setting_may_be_a_config_of_several_lines_in_one():
         ("", "evaluator::inferer::overlap", r"Did you mean inferer::overlap\?"),
         ("", "initialize::99", "initialize::99 cannot be set to 0"),
         ("", "+explainer", "[+]explainer cannot be set to 0"),
-        ("", "explainer", None),
     ],
 )
 def test_setting_that_nothing_reads_is_refused(config, name, message):
-    if message is None:
-        assert yaml.safe_load(explain(str(BUNDLE), config=config, dry_run=True, **{name: 0}))[name] == 0
-        return
     with pytest.raises(InputError, match=message):
         explain(str(BUNDLE), config=config, dry_run=True, **{name: 0})
+
+
+def test_setting_takes_the_place_of_a_whole_entry():
+    assert yaml.safe_load(explain(str(BUNDLE), dry_run=True, explainer=0))["explainer"] == 0
 
 
 def test_setting_inside_of_something_is_for_it_to_know():

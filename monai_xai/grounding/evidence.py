@@ -83,14 +83,9 @@ class Evidence:
         """Maps by input name as they are judged: signed, for regressions their magnitude."""
         return self.judged(self.explanation)
 
-    @property
-    def signed_maps(self) -> dict[str, Tensor]:
-        """Maps by input name as they are read: of a regression, too, with what raises the score and what lowers it."""
-        return {name: real(values) for name, values in self.explanation.attributions.items()}
-
     def judged(self, explanation: Explanation) -> dict[str, Tensor]:
         """Return the maps of an explanation as they are judged."""
-        maps = {name: real(values) for name, values in explanation.attributions.items()}
+        maps = signed_maps(explanation)
         return {name: values.abs() for name, values in maps.items()} if self.is_unsigned else maps
 
     def located(self, explanation: Explanation | None = None) -> Tensor:
@@ -212,6 +207,11 @@ def _baseline(
 
 
 # ---------------------------------------------------------------------------------------------- similarity
+
+
+def signed_maps(explanation: Explanation) -> dict[str, Tensor]:
+    """Return maps by input name as they are read, with what raises the score and what lowers it."""
+    return {name: real(values) for name, values in explanation.attributions.items()}
 
 
 def alike(a: Maps, b: Maps, kind: SimilarityKind = "pearson") -> float:

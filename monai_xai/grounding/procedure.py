@@ -16,7 +16,7 @@ from monai_xai.explainer import Explainer
 from monai_xai.grids import affine_of
 from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
-from monai_xai.grounding.evidence import Evidence, gather, mean_of_known
+from monai_xai.grounding.evidence import Evidence, gather, mean_of_known, signed_maps
 from monai_xai.grounding.places import name_places, shares_of_places
 from monai_xai.grounding.words import (
     GroundedCase,
@@ -271,7 +271,7 @@ def _shown(e: Evidence) -> GroundedCase:
 
 def _image(e: Evidence, name: str) -> GroundedCase:
     """Return one image of a case with its map, summed over channels, and the masks on its grid."""
-    image, maps = e.inputs[name], e.signed_maps
+    image, maps = e.inputs[name], signed_maps(e.explanation)
     values = e.on_grid(maps) if name == e.grid else as_one_map(maps[name]).cpu()
     fits = image.shape[2:] == e.body.shape[2:]
     return GroundedCase(
