@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,9 +25,11 @@ from monai_xai.explanation import Explanation
 from monai_xai.files import as_csv, as_json, write_whole
 from monai_xai.forward import Scoring, with_progress
 from monai_xai.grounding import GroundingCase
+from monai_xai.grounding.words import marks_of
 from monai_xai.memory import PeakMemory
 from monai_xai.metrics import Scores
 from monai_xai.networks import device_of
+from monai_xai.ranks import Crew, in_step, rank
 from monai_xai.statistics import holm, interval, sign_flip_test
 
 
@@ -377,6 +380,7 @@ def compare(
     criteria: Mapping[str, Criterion] | None = None,
     seed: int = 0,
     progress: bool = True,
+    spread: bool = False,
 ) -> Comparison:
     """Explain every case by every method, and judge the maps by every criterion.
 
@@ -390,9 +394,13 @@ def compare(
             of the explanations are added.
         seed: of the bootstrap.
         progress: whether a bar is shown.
+        spread: where there are several processes, whether they share the cases and methods, each every n-th of these
+            pairs. All must call with the same cases, and all get the same result.
 
     Raises:
         InputError: if there is no case or fewer than two methods.
+        OtherProcessError: if work is shared, and another process failed.
+        OutOfStepError: if work is shared, and another process has other cases.
     """
     if len(explainers) < 2 or not cases:
         raise InputError(
@@ -404,9 +412,19 @@ def compare(
     values = {name: np.full((len(names), len(ids)), math.nan) for name in chosen}
     reasons: dict[tuple[str, str, str], str] = {}
     pairs = [(m, c) for c in range(len(ids)) for m in range(len(names))]
-    for m, c in with_progress(pairs, "methods and cases", shown=progress):
+
+    def judge(pair: tuple[int, int]) -> dict[str, Scores]:
+        m, c = pair
         region, body = (given.get(ids[c]) if given else None for given in (regions, within))
-        scores = _judge_all(explainers[names[m]], network, cases[c], chosen, region, body)
+        return _judge_all(explainers[names[m]], network, cases[c], chosen, region, body)
+
+    def shown(own: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+        return with_progress(own, "methods and cases", shown=progress and rank() == 0)
+
+    crew = Crew.among(len(pairs)) if spread else Crew()
+    with in_step("comparison", marks_of(cases)) if spread else nullcontext():
+        found = crew.each(pairs, judge, "methods and cases", shown)
+    for (m, c), scores in zip(pairs, found, strict=True):
         for criterion, score in scores.items():
             values[criterion][m, c] = float(score.values[0])
             if score.reasons[0]:

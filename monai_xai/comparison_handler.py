@@ -102,6 +102,9 @@ class ComparisonHandler(EpochJudge[Comparison]):
         seed: of the bootstrap.
         progress: whether a bar is shown.
         on_error: "log" keeps the loop alive; "raise" ends it.
+        spread: where there are several processes, whether they unite the cases that each has seen, share the work, and
+            let the first one write. As a metric's, the handler is then attached in all of them. False: this process
+            judges and writes what it has seen.
 
     Raises:
         InputError: if a setting makes no sense.
@@ -129,6 +132,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
         seed: int = 0,
         progress: bool = True,
         on_error: Literal["log", "raise"] = "log",
+        spread: bool = True,
     ) -> None:
         if not isinstance(explainers, Mapping) or len(explainers) < 2:
             raise InputError("ComparisonHandler needs a mapping of names to two explainers or more.")
@@ -144,6 +148,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
             anonymize=anonymize,
             salt=salt,
             on_error=on_error,
+            spread=spread,
         )
         self.criteria = criteria
         self.seed = seed
@@ -161,6 +166,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
             criteria=self.criteria,
             seed=self.seed,
             progress=self.progress,
+            spread=self.spread,
         )
 
     def _summary(self, result: Comparison) -> str:

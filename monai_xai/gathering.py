@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.grounding import GroundingCase
+from monai_xai.packing import bytes_of
+from monai_xai.ranks import exchange, meet
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,63 @@ class Gathered:
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     call: CallForm = "arguments"
+
+    def add(self, other: Gathered, index: int, tail: str) -> None:
+        """Add a case that was gathered elsewhere, with its masks; if its name is taken, with a tail to it."""
+        case = other.cases[index]
+        name = f"{case.id}{tail}" if case.id in {own.id for own in self.cases} else case.id
+        self.cases.append(replace(case, id=name))
+        for own, theirs in ((self.masks, other.masks), (self.labels, other.labels)):
+            for what, by_case in theirs.items():
+                if case.id in by_case:
+                    own.setdefault(what, {})[name] = by_case[case.id]
+
+
+def unite(gathered: Gathered, most: int) -> Gathered:
+    """Return the cases that the processes have gathered: the first of each, then the second of each, and so on.
+
+    A case that several have, as samplers give them that even processes out, comes once; other cases of the same name
+    get the number of their process. All processes must call it, and all get the same.
+
+    Args:
+        gathered: the cases of this process.
+        most: how many cases at most.
+
+    Raises:
+        OtherProcessError: if another process failed on its way here.
+        OutOfStepError: if another process is elsewhere.
+    """
+    place = "the gathering of cases"
+    marks = meet(place, [(case.id, _digest(case)) for case in gathered.cases])
+    if all(other == marks[0] for other in marks):
+        return gathered
+    parts = exchange(place, gathered)
+    united = Gathered(call=next((part.call for part in parts if part.cases), gathered.call))
+    first: dict[str, int] = {}
+    for row in itertools.zip_longest(*(range(len(part.cases)) for part in parts)):
+        for number, index in enumerate(row):
+            if index is None or len(united.cases) == most:
+                continue
+            if first.setdefault(marks[number][index][1], number) == number:
+                united.add(parts[number], index, f" (process {number})")
+    return united
+
+
+def _digest(case: GroundingCase) -> str:
+    """Return a hash of all values of a case."""
+    digest = hashlib.sha256()
+    for x in _tensors_in((case.inputs, case.label)):
+        digest.update(bytes_of(x))
+    return digest.hexdigest()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested value."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)
 
 
 class Gathering:
@@ -100,10 +161,18 @@ class Gathering:
         engine.add_event_handler(event, self._gather, fail)
         engine.add_event_handler(Events.EPOCH_COMPLETED, judge)
 
-    def take(self) -> Gathered:
-        """Return what was gathered, and keep nothing of it."""
+    def is_due(self, engine: Engine) -> bool:
+        """Tell whether the epoch of an engine is one whose cases are judged."""
+        return engine.state.epoch % self.every_n_epochs == 0
+
+    def take(self, *, spread: bool = False) -> Gathered:
+        """Return what was gathered, and keep nothing of it.
+
+        Args:
+            spread: return what all processes have gathered, see :func:`unite`.
+        """
         gathered, self._gathered = self._gathered, Gathered()
-        return gathered
+        return unite(gathered, self.n_cases) if spread else gathered
 
     def _start(self) -> None:
         self._seen = 0
@@ -112,7 +181,7 @@ class Gathering:
     def _gather(self, engine: Engine, fail: Callable[..., None]) -> None:
         """Keep the cases of the engine's batch that are still wanted."""
         wanted = self.n_cases - len(self._gathered.cases)
-        if engine.state.epoch % self.every_n_epochs or wanted < 1:
+        if not self.is_due(engine) or wanted < 1:
             return
         batch = Batch(engine, self._seen, self.case_key)
         try:

@@ -89,6 +89,9 @@ class GroundingHandler(EpochJudge[Grounding]):
             keeps them.
         salt: key of the hashes, see :func:`monai_xai.write_report`; None draws one that holds as long as the handler.
         on_error: "log" keeps the loop alive; "raise" ends it.
+        spread: where there are several processes, whether they unite the cases that each has seen, share the work, and
+            let the first one write. As a metric's, the handler is then attached in all of them. False: this process
+            judges and writes what it has seen.
 
     Raises:
         InputError: if a setting makes no sense.
@@ -116,6 +119,7 @@ class GroundingHandler(EpochJudge[Grounding]):
         anonymize: bool = False,
         salt: str | None = None,
         on_error: Literal["log", "raise"] = "log",
+        spread: bool = True,
     ) -> None:
         super().__init__(
             cases=cases,
@@ -129,6 +133,7 @@ class GroundingHandler(EpochJudge[Grounding]):
             anonymize=anonymize,
             salt=salt,
             on_error=on_error,
+            spread=spread,
         )
         self.explainer = explainer
         self.structure_names = structure_names
@@ -147,6 +152,7 @@ class GroundingHandler(EpochJudge[Grounding]):
             structures=gathered.labels.get("structures"),
             structure_names=self.structure_names,
             settings=self.settings,
+            spread=self.spread,
         )
 
     def _summary(self, result: Grounding) -> str:

@@ -18,6 +18,7 @@ from monai_xai.errors import InputError
 from monai_xai.figures import encode_png, rasterize
 from monai_xai.gathering import Gathered, Gathering, Masks
 from monai_xai.handlers import register_events
+from monai_xai.ranks import rank
 from monai_xai.report.names import new_salt
 from monai_xai.tensorboard import image_summary
 
@@ -100,6 +101,8 @@ class EpochJudge(ABC, Generic[Result]):
         anonymize: replace names of cases by salted hashes in files and TensorBoard.
         salt: key of the hashes; None draws one that holds as long as the handler.
         on_error: "log" keeps the loop alive; "raise" ends it.
+        spread: where there are several processes, whether they unite what each has seen and share the work. The
+            handler is then attached in all of them; else in one.
 
     Raises:
         InputError: if a setting makes no sense.
@@ -123,6 +126,7 @@ class EpochJudge(ABC, Generic[Result]):
         anonymize: bool,
         salt: str | None,
         on_error: Literal["log", "raise"],
+        spread: bool,
     ) -> None:
         owner = type(self).__name__
         if on_error not in ("log", "raise"):
@@ -132,34 +136,43 @@ class EpochJudge(ABC, Generic[Result]):
         self.anonymize = anonymize
         self.salt = new_salt() if salt is None else salt
         self.on_error = on_error
+        self.spread = spread
         self.failures = 0
+        self._log_dir = log_dir
         self._gathering = Gathering(owner, cases, every_n_epochs, case_key, masks, labels)
-        self._drawer = (
-            None if log_dir is None else self.board(str(log_dir), anonymize=anonymize, salt=self.salt)
-        )
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator, or to a plain ignite engine; a second time does nothing."""
         register_events(engine)
+        if engine.has_event_handler(self):
+            return
         self._gathering.attach(engine, self, self._fail)
-        if self._drawer is not None:
-            self._drawer.attach(engine)
+        if self._log_dir is not None and self._is_writing:
+            self.board(str(self._log_dir), anonymize=self.anonymize, salt=self.salt).attach(engine)
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether this process writes what was found."""
+        return rank() == 0 or not self.spread
 
     def __call__(self, engine: Engine) -> None:
         """Judge what the epoch has gathered."""
-        gathered = self._gathering.take()
-        if not gathered.cases:
+        if not self._gathering.is_due(engine):
             return
-        epoch, kept_as = engine.state.epoch, self.board.kept_as
+        epoch, kept_as, where = engine.state.epoch, self.board.kept_as, f"epoch {engine.state.epoch}"
         try:
+            gathered = self._gathering.take(spread=self.spread)
+            if not gathered.cases:
+                return
+            where = f"{where}, {len(gathered.cases)} cases"
             result = self._judge(engine, gathered)
             setattr(engine.state, kept_as, result)
             logger.info("%s, epoch %d: %s", kept_as.capitalize(), epoch, self._summary(result))
-            if self.output_dir is not None:
+            if self.output_dir is not None and self._is_writing:
                 self._save_as_shown(result, Path(self.output_dir), epoch)
             engine.fire_event(self.board.completed)
         except Exception as error:
-            self._fail(error, f"epoch {epoch}, {len(gathered.cases)} cases")
+            self._fail(error, where)
 
     @abstractmethod
     def _judge(self, engine: Engine, gathered: Gathered) -> Result:

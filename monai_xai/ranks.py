@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from torch import Tensor, distributed
 from monai_xai.errors import OtherProcessError, OutOfStepError
 
 _Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 
 _PATIENCE = timedelta(days=1)
@@ -118,14 +120,38 @@ def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]
     return list(values)
 
 
+def exchange(place: str, value: _Value) -> list[_Value]:
+    """Meet the other processes, and return what each brings, in their order, also where it holds tensors.
+
+    Tensors from a GPU come to the current GPU of the process that reads them.
+
+    Raises:
+        OtherProcessError: if another process failed on its way here.
+        OutOfStepError: if another process is elsewhere.
+    """
+    if world_size() == 1:
+        return [value]
+    sealed = io.BytesIO()
+    torch.save(value, sealed)
+    found = meet(place, sealed.getvalue())
+    return [
+        torch.load(io.BytesIO(brought), map_location=_nearby, weights_only=False)  # of our own processes
+        for brought in found
+    ]
+
+
+def _nearby(storage: Any, location: str) -> Any:
+    return storage.cuda() if location.startswith("cuda") else storage
+
+
 @dataclass(frozen=True)
 class Crew:
-    """Processes that share the terms of a score: each takes every n-th.
+    """Processes that share work, such as the terms of a score: each takes every n-th piece.
 
     Args:
         number: of this process.
         size: how many there are.
-        share: part of all terms that this one has.
+        share: part of all pieces that this one has.
     """
 
     number: int = 0
@@ -134,16 +160,39 @@ class Crew:
 
     @classmethod
     def among(cls, terms: int) -> Crew:
-        """Return the processes there are, for so many terms."""
+        """Return the processes there are, for so many pieces of work."""
         number, size = rank(), world_size()
         return cls(number, size, len(range(number, terms, size)) / max(terms, 1))
 
     def own(self, terms: Sequence[_Value]) -> Sequence[_Value]:
-        """Return the terms of this process."""
+        """Return the pieces of this process."""
         return terms[self.number :: self.size]
 
+    def each(
+        self,
+        items: Sequence[_Item],
+        work: Callable[[_Item], _Value],
+        what: str,
+        along: Callable[[Sequence[_Item]], Iterable[_Item]] = iter,
+    ) -> list[_Value]:
+        """Return what a function gives for every item, in their order; each is done by one process and told to all.
+
+        If it fails in one process, the others hear of it from :func:`in_step`, within which they all are.
+
+        Args:
+            items: the same in all processes.
+            work: does one of them; what it gives can be pickled.
+            what: is done, for errors.
+            along: shows how far the items of this process are.
+        """
+        done = [work(item) for item in along(self.own(items))]
+        if self.size == 1:
+            return done
+        parts = exchange(what, done)
+        return [parts[i % self.size][i // self.size] for i in range(len(items))]
+
     def place(self, number: int) -> int:
-        """Return the number among all terms of one that this process has."""
+        """Return the number among all pieces of one that this process has."""
         return self.number + number * self.size
 
     def total(self, x: Tensor, what: str) -> Tensor:

@@ -34,7 +34,7 @@ from monai_xai import (
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding.drafts import Cohort, Draft, settle
-from monai_xai.grounding.evidence import _rolled, gather
+from monai_xai.grounding.evidence import Evidence, _rolled, open_case
 from monai_xai.grounding.of_finding import _on_confounders, reached
 from monai_xai.grounding.places import BODY as BODY_REST
 from monai_xai.grounding.places import FINDING, OUTSIDE, name_places, shares_of_places
@@ -184,12 +184,18 @@ def test_what_a_page_shows_is_there(grounded):
     assert fall[-1] < -0.5 * np.mean([c.score - c.baseline_score for c in grounded.cases])
 
 
+def evidence_of(explainer: Explainer, network: torch.nn.Module, case: GroundingCase, *masks) -> Evidence:
+    """Return what the tests of one case look at."""
+    opened = open_case(explainer, network, case, *masks)
+    return opened.with_map(opened.explained(network))
+
+
 def test_curves_are_means_over_cases_with_bootstrap_bands(grounded):
     explainer = replace(Explainer(ClassScore(1), COMPLETE["attributor"], progress=False))
     settings = COMPLETE["settings"]
     rows = {deletion_curve: [], insertion_curve: []}
     for case in CASES:
-        e = gather(explainer, USES_LESION[0], case, REGIONS[case.id], BODY)
+        e = evidence_of(explainer, USES_LESION[0], case, REGIONS[case.id], BODY)
         for follow, found in rows.items():
             curve = follow(
                 e.explainer, USES_LESION[0], e.inputs, explanation=e.maps, features=e.blocks(settings), imputer=Blur(),
@@ -314,7 +320,7 @@ def test_further_places_are_named_down_to_a_twentieth_of_the_evidence():
 
 
 def test_shares_of_places_are_the_masses_of_their_voxels():
-    e = gather(
+    e = evidence_of(
         Explainer(ClassScore(1), GRADIENTS, progress=False), USES_LESION[0], CASES[0], REGIONS["case0"], BODY
     )
     atlas = torch.zeros(SIZE, SIZE, dtype=torch.long)
@@ -641,7 +647,7 @@ def test_a_painted_map_is_no_finer_than_its_windows_or_features():
 
     def body_of(attributor, case=masked[0]):
         explainer = Explainer(ClassScore(1), attributor, progress=False)
-        found = gather(explainer, USES_LESION[0], case, inside["case0"], BODY)
+        found = evidence_of(explainer, USES_LESION[0], case, inside["case0"], BODY)
         return reached(found)[0, 0]
 
     assert torch.equal(body_of(GRADIENTS), BODY)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
 from monai_xai.explanation import Explanation
 from monai_xai.grounding.evidence import Evidence, mean_of_known
 from monai_xai.grounding.words import Gate, GroundingSettings, GroundingTest, Status
+from monai_xai.ranks import Crew
 from monai_xai.statistics import holm, interval
 
+_Value = TypeVar("_Value")
 CHOICE = "[E] a choice of ours, no literature"
 
 
@@ -45,6 +48,7 @@ class Cohort:
         left_out: why others are not looked at, by id.
         curves: for the page.
         second: explanations of the second network, by id.
+        crew: the processes that share the cases.
     """
 
     cases: list[Evidence]
@@ -52,6 +56,21 @@ class Cohort:
     left_out: dict[str, str] = field(default_factory=dict)
     curves: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     second: dict[str, Explanation] = field(default_factory=dict)
+    crew: Crew = field(default_factory=Crew)
+
+    def each(
+        self, work: Callable[[Evidence], _Value], what: str, cases: Sequence[Evidence] | None = None
+    ) -> dict[str, _Value]:
+        """Return by id what a function of a case, which alters nothing, gives; each is done by one process.
+
+        Args:
+            work: asks the network.
+            what: is done, for errors.
+            cases: which; None: all.
+        """
+        chosen = self.cases if cases is None else cases
+        found = self.crew.each(chosen, work, what)
+        return {e.id: value for e, value in zip(chosen, found, strict=True)}
 
 
 def measured(

@@ -27,6 +27,8 @@ from monai_xai.targets import OutputScore
 from monai_xai.tasks import name_inputs
 
 Maps = Mapping[str, Tensor]
+_WithBaseline = tuple[Explanation, float, float]
+"""A map, the score at the baseline, and what that may be off by."""
 
 
 @dataclass(eq=False)
@@ -137,14 +139,43 @@ class Evidence:
         return max(settings.until * float(self.body.double().mean()), 1.01 / self.body.numel())
 
 
-def gather(
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """One case, asked and not explained yet; see :class:`Evidence`."""
+
+    case: GroundingCase
+    inputs: dict[str, Tensor]
+    explainer: Explainer
+    output: Tensor
+    grid: str
+    body: Tensor
+    region: Tensor | None
+
+    def explained(self, network: nn.Module) -> _WithBaseline | str:
+        """Return the map and the score at the baseline, or say why there is none."""
+        try:
+            explanation = explain_again(self.explainer, network, self.inputs)
+            return explanation, *_baseline(self.explainer, network, self.inputs, explanation)
+        except (EmptyRegionError, AttributionError) as reason:
+            return str(reason)
+
+    def with_map(self, explained: _WithBaseline) -> Evidence:
+        """Return the evidence."""
+        explanation, score, error = explained
+        return Evidence(
+            self.case, self.inputs, self.explainer, explanation, self.output, self.grid, self.body, self.region,
+            score, error,
+        )  # fmt: skip
+
+
+def open_case(
     explainer: Explainer,
     network: nn.Module,
     case: GroundingCase,
     region: Tensor | None,
     within: Tensor | None,
-) -> Evidence | str:
-    """Explain a case, or say why it cannot be.
+) -> Opened | str:
+    """Ask about a case and freeze the question, or say why it has no answer.
 
     Raises:
         InputError: if masks do not fit the image, naming the case.
@@ -172,11 +203,9 @@ def gather(
         with ask(explainer, network, inputs, case.label) as asked:
             frozen = asked_alone(explainer, asked.target, progress=False, tolerated_gap=_tolerated(explainer))
             output = asked.task.prediction(asked.target)
-        explanation = explain_again(frozen, network, inputs)
-        score, off = _baseline(frozen, network, inputs, explanation)
     except (EmptyRegionError, AttributionError) as reason:
         return str(reason)
-    return Evidence(case, inputs, frozen, explanation, output, grid, body, mask, score, off)
+    return Opened(case, inputs, frozen, output, grid, body, mask)
 
 
 def _tolerated(explainer: Explainer) -> float:

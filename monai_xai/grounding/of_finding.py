@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
 from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known
+from monai_xai.grounding.words import GroundingSettings
 from monai_xai.metrics.base import grown
 from monai_xai.metrics.faithfulness import necessity_and_sufficiency
 from monai_xai.metrics.localization import (
@@ -163,23 +165,20 @@ def judge_necessity(cohort: Cohort, network: nn.Module) -> Draft:
     found: dict[str, list[float]] = {e.id: [] for e in cases}
     sufficient: list[float] = []
     p_values, reasons = [], []
-    for given in settings.imputers.values():
-        column = []
-        for e in cases:
-            if why := _does_not_lie(e, settings.inside):
-                reasons.append(why)
-                continue
-            use = necessity_and_sufficiency(
-                e.frozen, e.explainer.inferer, network, e.inputs, e.region, imputer=e.imputer(given),  # type: ignore[arg-type]
-                n_shifts=settings.n_region_shifts, within=e.body, call=e.explainer.call, seed=settings.seed,
-            )  # fmt: skip
-            reasons += [use.necessity.reasons[0]] if use.necessity.reasons[0] else []
-            value = float(use.necessity.values[0])
-            if e.is_unsigned and not math.isnan(value):
-                value = float(use.drop[0].abs() - use.control_drops[0].abs().nanmean())
-            column.append(value)
-            found[e.id].append(value)
-            sufficient.append(float(use.sufficiency.values[0]))
+    usable = []
+    for e in cases:
+        if why := _does_not_lie(e, settings.inside):
+            reasons.append(why)
+        else:
+            usable.append(e)
+    for name in settings.imputers:
+        ask = partial(_use, network=network, settings=settings, imputer=name)
+        used = cohort.each(ask, f"necessity, {name}", usable)
+        column = [value for value, _, _ in used.values()]
+        for case, (value, sufficiency, why) in used.items():
+            reasons += [why] if why else []
+            found[case].append(value)
+            sufficient.append(sufficiency)
         p_values.append(signed_rank_test(column))
     known = [p for p in p_values if not math.isnan(p)]
     per_case = {name: mean_of_known(values) for name, values in found.items()}
@@ -202,6 +201,21 @@ def judge_necessity(cohort: Cohort, network: nn.Module) -> Draft:
         "not use the marked finding."
     )
     return Draft(test, facts, f"{missed} {facts}")
+
+
+def _use(
+    e: Evidence, network: nn.Module, settings: GroundingSettings, imputer: str
+) -> tuple[float, float, str]:
+    """Return how necessary a region is beyond others of its size, how sufficient, and why that is undefined."""
+    assert e.region is not None
+    use = necessity_and_sufficiency(
+        e.frozen, e.explainer.inferer, network, e.inputs, e.region, imputer=e.imputer(settings.imputers[imputer]),
+        n_shifts=settings.n_region_shifts, within=e.body, call=e.explainer.call, seed=settings.seed,
+    )  # fmt: skip
+    value = float(use.necessity.values[0])
+    if e.is_unsigned and not math.isnan(value):
+        value = float(use.drop[0].abs() - use.control_drops[0].abs().nanmean())
+    return value, float(use.sufficiency.values[0]), use.necessity.reasons[0]
 
 
 def _percent(share: float) -> str:
@@ -411,13 +425,9 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
         why = "Not asked: the method gives one map for all channels."
         return unavailable("T13", T13, "Q2", why)
     found, taus, focus, residuals = ModalityCohort(seed=cohort.settings.seed), {}, [], []
+    by_case = cohort.each(lambda e: _shapley(e, network, cohort.settings.seed), "modalities")
     for e in cohort.cases:
-        shapley = ModalityShapley(
-            e.frozen, _baselines(e), inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
-            call=e.explainer.call, embeddings=e.explainer.embeddings, progress=False, seed=cohort.settings.seed,
-        )  # fmt: skip
-        explained = shapley(network, e.inputs)
-        assert isinstance(explained, ModalityExplanation)
+        explained = by_case[e.id]
         found.add(e.id, explained)
         name = explained.baselines[0]
         values = explained.values[name][0].double().cpu().numpy()
@@ -426,6 +436,17 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
         residuals.append(float(explained.residual(name).abs()[0]) / change if change else math.nan)
         focus.append(_focus(e, values))
     return _decide_modalities(cohort, found, taus, mean_of_known(residuals), mean_of_known(focus), credited)
+
+
+def _shapley(e: Evidence, network: nn.Module, seed: int) -> ModalityExplanation:
+    """Return what each modality contributes to the score of a case."""
+    shapley = ModalityShapley(
+        e.frozen, _baselines(e), inferer=e.explainer.inferer, channel_names=e.explainer.channel_names,
+        call=e.explainer.call, embeddings=e.explainer.embeddings, progress=False, seed=seed,
+    )  # fmt: skip
+    explained = shapley(network, e.inputs)
+    assert isinstance(explained, ModalityExplanation)
+    return explained
 
 
 def _baselines(e: Evidence) -> dict[str, BaselineLike]:

@@ -94,15 +94,14 @@ def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | 
     settings = cohort.settings
     moved: dict[str, float] = {e.id: 0.0 for e in cohort.cases}
     sims: dict[str, list[float]] = {e.id: [] for e in cohort.cases}
-    for seed in range(settings.n_random):
-        with randomize(network, settings.seed + seed):
-            for evidence in cohort.cases:
-                found = map_again(evidence, network)
-                if found is None:
-                    continue
-                change = abs(float(found.score[0]) - evidence.score)
-                moved[evidence.id] = max(moved[evidence.id], float(change > 1e-5 * abs(evidence.score)))
-                sims[evidence.id].append(alike(evidence.maps, evidence.judged(found)))
+    for seed in range(settings.seed, settings.seed + settings.n_random):
+        with randomize(network, seed):
+            found = cohort.each(lambda e: _as_random(e, network), f"random weights {seed}")
+        for name, compared in found.items():
+            if compared is not None:
+                has_moved, similarity = compared
+                moved[name] = max(moved[name], float(has_moved))
+                sims[name].append(similarity)
     share = mean_of_known(list(moved.values()))
     p3 = Draft(
         measured(cohort, "P3", P3, "P", moved, threshold="half of the cases", origin=CHOICE),
@@ -111,6 +110,15 @@ def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | 
         settled="PASS" if share >= _AT_LEAST else "FAIL",
     )
     return p3, _compare(cohort, {name: mean_of_known(values) for name, values in sims.items()}, second)
+
+
+def _as_random(e: Evidence, network: nn.Module) -> tuple[bool, float] | None:
+    """Return whether random weights move the score, and how alike their map is; None where they give none."""
+    found = map_again(e, network)
+    if found is None:
+        return None
+    change = abs(float(found.score[0]) - e.score)
+    return change > 1e-5 * abs(e.score), alike(e.maps, e.judged(found))
 
 
 def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | None) -> Draft:
@@ -124,7 +132,7 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
         f" Maps of two patients are alike by {between:.2f} (Arun et al. 2021)." if between == between else ""
     )
     if second is not None:
-        found = {e.id: map_again(e, second) for e in cohort.cases}
+        found = cohort.each(lambda e: map_again(e, second), "the second network")
         cohort.second = {name: explanation for name, explanation in found.items() if explanation is not None}
     kept = {e.id: alike(e.maps, e.judged(cohort.second[e.id])) for e in cohort.cases if e.id in cohort.second}
     p = signed_rank_test([kept[name] - by_chance[name] for name in kept]) if kept else math.nan
@@ -158,7 +166,7 @@ def judge_permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
     """T3: the map of a network that was trained on permuted labels."""
     if permuted is None:
         return unavailable("T3", T3, "Q1", "Not asked: no network that was trained on permuted labels.")
-    values = {e.id: _to(e, permuted) for e in cohort.cases}
+    values = cohort.each(lambda e: _to(e, permuted), "permuted labels")
     return _not_the_same(cohort, "T3", T3, values, cohort.settings.unchanged, "a network trained on permuted labels",
                          "[L] Adebayo et al. 2018; 0.9 is [E]")  # fmt: skip
 
@@ -171,17 +179,17 @@ def judge_classes(cohort: Cohort, network: nn.Module) -> Draft:
         return unavailable(
             "T4", T4, "Q1", why if channels == {2} else "Not asked: the network has one output."
         )
-    values = {}
-    for e in cohort.cases:
-        asked = replace(e.explainer, target=e.frozen.target)  # whose classes are known
-        scores = random_logit(
-            asked, network, e.inputs, label=e.case.label, explanation=e.explanation, seed=cohort.settings.seed
-        )
-        values[e.id] = float(scores.values[0])
+    values = cohort.each(lambda e: _to_class(e, network, cohort.settings.seed), "another class")
     if all(map(math.isnan, values.values())):
         return unavailable("T4", T4, "Q1", "The other classes of this target are not known.")
     return _not_the_same(cohort, "T4", T4, values, cohort.settings.same_class, "another class",
                          "[L] Sixt et al. 2020; 0.9 is [E]")  # fmt: skip
+
+
+def _to_class(e: Evidence, network: nn.Module, seed: int) -> float:
+    asked = replace(e.explainer, target=e.frozen.target)  # whose classes are known
+    scores = random_logit(asked, network, e.inputs, label=e.case.label, explanation=e.explanation, seed=seed)
+    return float(scores.values[0])
 
 
 def _not_the_same(
@@ -205,15 +213,9 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     Insertion is drawn beside it, and decides nothing.
     """
     settings, gains, p_values, said = cohort.settings, {}, {}, []
-    falls: dict[str, dict[str, Falls]] = {name: {} for name in settings.imputers}
-    rises: dict[str, dict[str, Falls]] = {name: {} for name in settings.imputers}
-    for e in cohort.cases:
-        orders = _orders(e, settings)
-        for name in settings.imputers:
-            falls[name][e.id] = _changes(e, network, settings, name, orders)
-            if settings.insertion:
-                rises[name][e.id] = _changes(e, network, settings, name, orders, inserts=True)
-    for name, found_in in falls.items():
+    changes = cohort.each(lambda e: _by_imputer(e, network, settings), "deletion")
+    for name in settings.imputers:
+        found_in = {case: found[name, False] for case, found in changes.items()}
         areas = {case: {order: float(y.mean()) for order, y in ys.items()} for case, ys in found_in.items()}
         gains[name] = {case: area["map"] - area["map shifted"] for case, area in areas.items()}
         p_values[name] = signed_rank_test(list(gains[name].values()))
@@ -221,9 +223,8 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         lost = [{order: -fall for order, fall in found.items()} for found in found_in.values()]
         cohort.curves |= _mean_curves(f"deletion, imputed by {name}", lost, settings)
         if settings.insertion:
-            cohort.curves |= _mean_curves(
-                f"insertion, imputed by {name}", list(rises[name].values()), settings
-            )
+            gained = [found[name, True] for found in changes.values()]
+            cohort.curves |= _mean_curves(f"insertion, imputed by {name}", gained, settings)
     scale = _scale(cohort)
     per_case = {e.id: mean_of_known([gains[name][e.id] for name in gains]) / scale for e in cohort.cases}
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
@@ -259,6 +260,19 @@ def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
     orders += [("map shifted", maps) for maps in shifted_maps(e, settings.n_shifts, settings.seed)]
     orders += [("Sobel", edges(e)), ("intensity", intensity(e))] if settings.controls else []
     return orders + [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
+
+
+def _by_imputer(
+    e: Evidence, network: nn.Module, settings: GroundingSettings
+) -> dict[tuple[str, bool], Falls]:
+    """Return the changes by the name of the imputer, and whether features come back."""
+    orders = _orders(e, settings)
+    ways = (False, True) if settings.insertion else (False,)
+    return {
+        (name, inserts): _changes(e, network, settings, name, orders, inserts=inserts)
+        for name in settings.imputers
+        for inserts in ways
+    }
 
 
 def _changes(
@@ -326,14 +340,15 @@ def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str
     Maps are compared by their values and not by ranks: most voxels carry next to no evidence, the order of these is
     noise inside of the body and the same in all patients outside.
     """
-    settings, better, stable = cohort.settings, {}, {}
+    settings, stable = cohort.settings, {}
     again: dict[str, Maps] = {}
     between = between_patients(cohort.cases)
+    better = cohort.each(lambda e: _beyond_shifted(e, network, settings), "fidelity")
+    rescans = cohort.each(
+        lambda e: map_again(e, network, noised(e, settings.noise, settings.seed)), "another acquisition"
+    )
     for e, others in zip(cohort.cases, between, strict=True):
-        better[e.id] = _fidelity(e, network, settings, e.maps) - mean_of_known(
-            [_fidelity(e, network, settings, m) for m in shifted_maps(e, settings.n_shifts, settings.seed)]
-        )
-        found = map_again(e, network, noised(e, settings.noise, settings.seed))
+        found = rescans[e.id]
         if found is not None:
             again[e.id] = e.judged(found)
         kept = alike(e.maps, again[e.id]) if found is not None else math.nan
@@ -356,6 +371,14 @@ def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str
     return Draft(test, facts, missed), again
 
 
+def _beyond_shifted(e: Evidence, network: nn.Module, settings: GroundingSettings) -> float:
+    """Return how much more of the effects the map explains than copies of it that are shifted."""
+    shifted = shifted_maps(e, settings.n_shifts, settings.seed)
+    return _fidelity(e, network, settings, e.maps) - mean_of_known(
+        [_fidelity(e, network, settings, maps) for maps in shifted]
+    )
+
+
 def _fidelity(e: Evidence, network: nn.Module, settings: GroundingSettings, maps: Maps) -> float:
     removal = RandomRemoval(
         features=e.blocks(settings), imputer=usual_imputer(e.explainer.attributor), seed=settings.seed
@@ -368,20 +391,21 @@ def _fidelity(e: Evidence, network: nn.Module, settings: GroundingSettings, maps
 
 def follow_cascade(cohort: Cohort, network: nn.Module) -> None:
     """Keep the curve of maps while layer after layer is randomized: for the eye, no test."""
-    found = []
-    for e in cohort.cases[: cohort.settings.n_cascade]:
-        stages = cascading_randomization(
-            e.explainer,
-            network,
-            e.inputs,
-            explanation=e.explanation,
-            kinds=("pearson",),
-            seeds=(cohort.settings.seed,),
-        )
-        found.append(stages.similarity["pearson"][0].cpu().numpy())
+    settings = cohort.settings
+    by_case = cohort.each(
+        lambda e: _cascade(e, network, settings.seed), "the cascade", cohort.cases[: settings.n_cascade]
+    )
+    found = list(by_case.values())
     if found and len({len(row) for row in found}) == 1:
         rows: Sequence[float] = [
             mean_of_known([float(row[i]) for row in found]) for i in range(len(found[0]))
         ]
         x = tuple(float(i) for i in range(len(rows) + 1))
         cohort.curves["cascade: pearson"] = {"x": x, "y": (1.0, *rows)}
+
+
+def _cascade(e: Evidence, network: nn.Module, seed: int) -> np.ndarray:
+    stages = cascading_randomization(
+        e.explainer, network, e.inputs, explanation=e.explanation, kinds=("pearson",), seeds=(seed,)
+    )
+    return stages.similarity["pearson"][0].cpu().numpy()

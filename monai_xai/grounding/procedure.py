@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,7 +17,7 @@ from monai_xai.explainer import Explainer
 from monai_xai.grids import affine_of
 from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
-from monai_xai.grounding.evidence import Evidence, gather, mean_of_known, signed_maps
+from monai_xai.grounding.evidence import Evidence, Opened, mean_of_known, open_case, signed_maps
 from monai_xai.grounding.places import name_places, shares_of_places
 from monai_xai.grounding.words import (
     GroundedCase,
@@ -25,8 +26,10 @@ from monai_xai.grounding.words import (
     GroundingSettings,
     GroundingTest,
     Verdict,
+    marks_of,
 )
 from monai_xai.metrics.base import as_one_map, real
+from monai_xai.ranks import Crew, in_step
 
 Masks = Mapping[str, Tensor]
 TITLES = {
@@ -51,6 +54,7 @@ def ground(
     structures: Masks | None = None,
     structure_names: Mapping[int, str] | None = None,
     settings: GroundingSettings | None = None,
+    spread: bool = False,
 ) -> Grounding:
     """Judge the explanations of a network over a cohort: do they describe this network, and is that the finding?
 
@@ -71,6 +75,8 @@ def ground(
             structure), so that evidence beyond the finding is told by name. No test looks at them.
         structure_names: names of their labels; None takes numbers.
         settings: thresholds and effort.
+        spread: where there are several processes, whether they share the cases, each every n-th. All must call with the
+            same cases, and all get the same result.
 
     Returns:
         The verdict with every test. What could not be tested is never a pass: GROUNDED needs a second network, masks,
@@ -78,6 +84,8 @@ def ground(
 
     Raises:
         InputError: naming the case whose image, masks or batch size do not fit, and ids that are unknown or twice.
+        OtherProcessError: if cases are shared, and another process failed.
+        OutOfStepError: if cases are shared, and another process has others.
 
     Reference: Jin et al., "Guidelines and Evaluation of Clinical Explainable AI in Medical Image Analysis", Medical
     Image Analysis 2023 (truthfulness before plausibility); for single tests see their ``origin``.
@@ -85,20 +93,16 @@ def ground(
     settings = settings or GroundingSettings()
     cases = list(cases)
     _check_ids(cases, regions=regions, within=within, structures=structures, **(confounders or {}))
-    cohort = Cohort([], settings)
-    for case in cases:
-        found = gather(explainer, network, case, (regions or {}).get(case.id), (within or {}).get(case.id))
-        if isinstance(found, str):
-            cohort.left_out[case.id] = found
-        else:
-            cohort.cases.append(found)
-    everyone = list(cohort.cases)
-    drafts = of_model.judge_preconditions(cohort)
-    if cohort.cases and all(d.settled == "PASS" for d in drafts):
-        drafts += _judge_model(cohort, network, second_network, permuted_network)
-        if not _stopped(drafts, settings):
-            drafts += _judge_finding(cohort, network, confounders or {}, other_masks)
-            drafts += _judge_costly(cohort, network)
+    cohort = Cohort([], settings, crew=Crew.among(len(cases)) if spread else Crew())
+    with in_step("grounding", marks_of(cases)) if spread else nullcontext():
+        _gather(cohort, explainer, network, cases, regions or {}, within or {})
+        everyone = list(cohort.cases)
+        drafts = of_model.judge_preconditions(cohort)
+        if cohort.cases and all(d.settled == "PASS" for d in drafts):
+            drafts += _judge_model(cohort, network, second_network, permuted_network)
+            if not _stopped(drafts, settings):
+                drafts += _judge_finding(cohort, network, confounders or {}, other_masks)
+                drafts += _judge_costly(cohort, network)
     drafts += _not_run(drafts)
     tests, missing = settle(sorted(drafts, key=lambda d: ORDER.index(d.test.id)), settings)
     tests = _resolve(tests, settings)
@@ -126,6 +130,30 @@ def _check_ids(cases: Sequence[GroundingCase], **masks: Masks | None) -> None:
             raise InputError(
                 f"{kind} has masks for {sorted(unknown)[:5]}, which are no cases: {names[:5]}, ..."
             )
+
+
+def _gather(
+    cohort: Cohort,
+    explainer: Explainer,
+    network: nn.Module,
+    cases: Sequence[GroundingCase],
+    regions: Masks,
+    within: Masks,
+) -> None:
+    """Explain the cases, and say of those that cannot be why."""
+    found = {
+        case.id: open_case(explainer, network, case, regions.get(case.id), within.get(case.id))
+        for case in cases
+    }
+    opened = [one for one in found.values() if isinstance(one, Opened)]
+    explained = cohort.crew.each(opened, lambda one: one.explained(network), "explaining")
+    with_maps = dict(zip((one.case.id for one in opened), explained, strict=True))
+    for name, one in found.items():
+        given = one if isinstance(one, str) else with_maps[name]
+        if isinstance(given, str):
+            cohort.left_out[name] = given
+        elif isinstance(one, Opened):
+            cohort.cases.append(one.with_map(given))
 
 
 def _judge_model(
