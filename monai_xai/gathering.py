@@ -24,6 +24,7 @@ from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.grounding import GroundingCase
+from monai_xai.networks import unwrap
 from monai_xai.packing import bytes_of
 from monai_xai.ranks import exchange, meet
 
@@ -248,7 +249,7 @@ def asked_as_run(explainer: Explainer, engine: Engine, call: CallForm) -> Explai
 
 
 def network_of(engine: Engine, network: nn.Module | None, owner: str) -> nn.Module:
-    """Return the network that is meant, else the engine's own.
+    """Return the network that is meant, else the engine's own, unwrapped.
 
     Raises:
         InputError: if the engine has no single one.
@@ -258,7 +259,7 @@ def network_of(engine: Engine, network: nn.Module | None, owner: str) -> nn.Modu
         raise InputError(
             f"{type(engine).__name__} has no single network: give it, {owner}(..., network=network)."
         )
-    return found
+    return unwrap(found)
 
 
 def on_device(value: Any, device: torch.device | str) -> Any:

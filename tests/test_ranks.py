@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
 from networks import random_image
+from processes import in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import distributed, multiprocessing
 
 from benchmarks.runs import files_of, run, write_bundle
 from monai_xai import (
@@ -62,28 +60,6 @@ explain_board:
 +initialize:
 - "$@explain_board.attach(@evaluator)"
 """
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
-
-
-def _work(number: int, port: str, many: int, work: Callable[[], Any], found: Any) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=number, world_size=many
-    )
-    found[number] = work()
-    distributed.destroy_process_group()
-
-
-def in_processes(many: int, work: Callable[[], Any]) -> list[Any]:
-    """Return what a function gives in each of several processes."""
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        found = manager.dict()
-        multiprocessing.spawn(_work, (_free_port(), many, work, found), nprocs=many)
-        return [found[number] for number in range(many)]
 
 
 def _look_around() -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from monai_xai.grounding.words import (
     marks_of,
 )
 from monai_xai.metrics.base import as_one_map, real
+from monai_xai.networks import unwrap
 from monai_xai.ranks import Crew, in_step
 
 Masks = Mapping[str, Tensor]
@@ -333,7 +334,7 @@ def _configuration(
         "target": str(explainer.target),
         "unit": everyone[0].explanation.unit if everyone else "",
         "inferer": type(explainer.inferer).__name__ if explainer.inferer is not None else "none",
-        "network": type(network).__name__,
+        "network": type(unwrap(network)).__name__,
         "parameters": sum(p.numel() for p in network.parameters()),
         "n_cases": len(cases),
         "left_out": dict(cohort.left_out),
