@@ -103,8 +103,8 @@ class ComparisonHandler(EpochJudge[Comparison]):
         progress: whether a bar is shown.
         on_error: "log" keeps the loop alive; "raise" ends it.
         spread: where there are several processes, whether they unite the cases that each has seen, share the work, and
-            let the first one write. As a metric's, the handler is then attached in all of them. False: this process
-            judges and writes what it has seen.
+            let the first one write. The handler is then attached in all of them, as a metric is; else in one, which
+            judges what it has seen.
 
     Raises:
         InputError: if a setting makes no sense.
@@ -132,7 +132,7 @@ class ComparisonHandler(EpochJudge[Comparison]):
         seed: int = 0,
         progress: bool = True,
         on_error: Literal["log", "raise"] = "log",
-        spread: bool = True,
+        spread: bool = False,
     ) -> None:
         if not isinstance(explainers, Mapping) or len(explainers) < 2:
             raise InputError("ComparisonHandler needs a mapping of names to two explainers or more.")

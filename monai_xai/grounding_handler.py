@@ -90,8 +90,8 @@ class GroundingHandler(EpochJudge[Grounding]):
         salt: key of the hashes, see :func:`monai_xai.write_report`; None draws one that holds as long as the handler.
         on_error: "log" keeps the loop alive; "raise" ends it.
         spread: where there are several processes, whether they unite the cases that each has seen, share the work, and
-            let the first one write. As a metric's, the handler is then attached in all of them. False: this process
-            judges and writes what it has seen.
+            let the first one write. The handler is then attached in all of them, as a metric is; else in one, which
+            judges what it has seen.
 
     Raises:
         InputError: if a setting makes no sense.
@@ -119,7 +119,7 @@ class GroundingHandler(EpochJudge[Grounding]):
         anonymize: bool = False,
         salt: str | None = None,
         on_error: Literal["log", "raise"] = "log",
-        spread: bool = True,
+        spread: bool = False,
     ) -> None:
         super().__init__(
             cases=cases,

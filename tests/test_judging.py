@@ -86,7 +86,7 @@ def _double(batch: Any, device: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, 
 
 def _told(folder: Path, *, sampled: bool) -> tuple[Any, Any]:
     """Return what both handlers find in this process."""
-    options = {"region": "lesion", "on_error": "raise", "salt": "", "cases": 4}
+    options = {"region": "lesion", "on_error": "raise", "salt": "", "cases": 4, "spread": True}
     judge = GroundingHandler(
         EXPLAINER, second_network=network(1), settings=SETTINGS, output_dir=folder, log_dir=folder / "grounding",
         **options,  # type: ignore[arg-type]
@@ -190,7 +190,11 @@ def _loop_with_failure() -> tuple[int, list[str], list[str]]:
     logger = logging.getLogger("monai_xai.judging")
     logger.addHandler(Keeper(logging.WARNING))
     handler = ComparisonHandler(
-        METHODS, target=ClassScore(1), criteria={"one": Criterion(partial(_stumble, []))}, progress=False
+        METHODS,
+        target=ClassScore(1),
+        criteria={"one": Criterion(partial(_stumble, []))},
+        progress=False,
+        spread=True,
     )
     engine = run([handler], scans(), epochs=2)
     return handler.failures, logged, list(engine.state.comparison.cases)
@@ -218,7 +222,7 @@ def test_processes_with_other_cases_do_not_judge_together() -> None:
 
 
 def _by_itself() -> tuple[int, int]:
-    handler = GroundingHandler(EXPLAINER, settings=SETTINGS, spread=False, cases=2)
+    handler = GroundingHandler(EXPLAINER, settings=SETTINGS, cases=2)
     engine = run([handler] if rank() == 0 else [], scans())
     found = getattr(engine.state, "grounding", None)
     return handler.failures, 0 if found is None else len(found.cases)
