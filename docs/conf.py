@@ -45,7 +45,9 @@ napoleon_custom_sections = ["Shapes", "Reference"]
 # Names of ours must resolve. Those of hosts do where the network is there for certain; no other build waits for it.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!monai_xai\b).*")]
-_TYPE_VARIABLES = "clock.Item", "joined.Result", "joined.Returned", "judging.Result", "ranks._Item", "trials.Key"
+_TYPE_VARIABLES = (
+    "clock.Item", "joined.Result", "joined.Returned", "judging.Result", "ranks._Item", "ranks._Value", "trials.Key",
+)  # fmt: skip
 nitpick_ignore = [("py:class", f"monai_xai.{name}") for name in _TYPE_VARIABLES]
 if os.environ.get("READTHEDOCS"):
     extensions.append("sphinx.ext.intersphinx")
