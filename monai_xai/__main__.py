@@ -300,14 +300,22 @@ _COMMANDS = {
 
 
 def main() -> None:
-    """Run the command line; an error that says what to do comes without a traceback."""
+    """Run the command line; an error that says what to do comes without a traceback, also through those of hosts."""
     words = sys.argv[1:]
     if "--help" in words:  # fire would take it for one of the settings
         words = [*(word for word in words if word not in ("--help", "--")), "--", "--help"]
     try:
         fire.Fire(_COMMANDS, command=words, name="monai_xai")
-    except XaiError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. Cases that are explained are kept: the same command goes on.\n")
+        sys.exit(130)
+    except Exception as error:
+        told: BaseException | None = error
+        while told is not None and not isinstance(told, XaiError):
+            told = told.__cause__
+        if told is None:
+            raise
+        sys.exit(f"{type(told).__name__}: {told}")
 
 
 if __name__ == "__main__":

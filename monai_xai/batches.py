@@ -195,12 +195,21 @@ def row_of(value: Any, row: int) -> Any:
     return [row_of(part, row) for part in value] if isinstance(value, list | tuple) else value
 
 
+_OF_A_KIND = (
+    r"(((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]|(?<![A-Za-z])N4|MNI152|(?<![A-Za-z\d])(\d+(\.\d+)?mm|[23][Dd]))"
+)
+"""Numbers that tell the sequence, correction or space of a scan, and not the patient."""
+
+
 def case_of(file: Any) -> str:
-    """Return the name of the case that a file is of."""
+    """Return the name of the case that a file is of: with that of its folder, where its own is that of a kind of scan.
+
+    Example:
+        >>> case_of("scans/BRATS_001.nii.gz"), case_of("patient19/T1POST_N4_regtoMNI.nii.gz")
+        ('BRATS_001', 'patient19_T1POST_N4_regtoMNI')
+    """
     path = Path(str(file).removesuffix(".gz"))
-    is_kind = not any(
-        letter.isdigit() for letter in re.sub(r"((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]", "", path.stem)
-    )
+    is_kind = not any(letter.isdigit() for letter in re.sub(_OF_A_KIND, "", path.stem))
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
 
 

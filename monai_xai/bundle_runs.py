@@ -365,6 +365,8 @@ def _loaders(value: Any, name: str = "") -> Iterator[tuple[str, Config]]:
 
 
 def _drop_weights(parser: ConfigParser) -> None:
+    """Let no weights be loaded, and those that networks start with be the same in every run: it may be continued."""
+    parser["initialize"] = ["$__import__('torch').manual_seed(0)", *_as_list(parser.get("initialize"))]
     for name, _ in list(_loaders(parser.get())):
         if name.rpartition("::")[2].isdigit():
             parser[f"{name}::_disabled_"] = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from monai_xai import (
     Saliency,
     UnsupportedBundleError,
 )
+from monai_xai.__main__ import main
 from monai_xai.bundle_heads import Head, head_of
 from monai_xai.bundle_runs import BundleRequest, choose_cases
 from monai_xai.bundle_settings import as_config
@@ -149,6 +152,18 @@ def test_a_bundle_without_handlers_initialize_or_output_dir_is_explained_with_it
     assert np.allclose(attribution(where, "scan1"), expected, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_the_command_line_ends_with_the_reason_and_no_traceback_of_the_hosts(tmp_path, monkeypatch):
+    bundle = make_bundle(tmp_path / "bundle", SEGMENTATION)
+    (bundle / "scans" / "scan1.nii.gz").write_bytes(b"no NIfTI")
+    options = ["--target", BOX, "--method", "Saliency", "--case", "all", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["monai_xai", "explain", "--bundle", str(bundle), *options])
+    with pytest.raises(
+        SystemExit, match=r"\ACasesFailedError: 1 of 2 cases .*\n +case scan1: not loaded from"
+    ):
+        main()
+    assert attribution(tmp_path / "out", "scan0").shape == (20, 18, 16)
+
+
 def test_missing_weights_are_told_of_and_random_ones_are_explained_on_request(tmp_path):
     config = copy.deepcopy(SEGMENTATION)
     config["handlers"] = [{**LOADER, "_disabled_": "$not __import__('os').path.exists('nowhere')"}]
@@ -165,12 +180,24 @@ def test_missing_weights_are_told_of_and_random_ones_are_explained_on_request(tm
     assert (tmp_path / "out" / "explain.yaml").is_file()
 
 
+def test_a_run_with_random_weights_goes_on_with_the_same(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", SEGMENTATION)
+    asked = BundleRequest(bundle, target=BOX, method="Saliency", output=tmp_path / "out", random_weights=True)
+    first = attribution(replace(asked, cases=[0]).build().run(), "scan0")
+    torch.rand(1)
+    where = replace(asked, cases=[]).build().run()
+    assert attribution(where, "scan1").any()
+    assert np.array_equal(attribution(where, "scan0"), first)
+    other = attribution(replace(asked, cases=[0], output=tmp_path / "other").build().run(), "scan0")
+    assert np.array_equal(other, first)
+
+
 def test_a_checkpoint_loader_that_initialize_calls_is_dropped_and_initialize_stays(tmp_path):
     own = ["$@checkpointloader(@evaluator)", "$torch.manual_seed(0)"]
     config = {**SEGMENTATION, "checkpointloader": LOADER, "initialize": own}
     run = BundleRequest(make_bundle(tmp_path / "bundle", config), random_weights=True).build()
     assert run.config["checkpointloader"] == "$lambda engine: None"
-    assert run.config["initialize"][:2] == own
+    assert run.config["initialize"][1:3] == own
 
 
 def test_names_that_a_bundle_does_not_share_are_found(tmp_path):
