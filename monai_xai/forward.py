@@ -8,6 +8,7 @@ sliding-window prediction (:mod:`monai_xai.windows`). A method that works term b
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -334,17 +335,31 @@ def preserved_generators() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+_UNALTERABLE = frozenset({bool, int, float, str, tuple, type(None)})
+
+
 def _module_restorer(module: nn.Module) -> Callable[[], None]:
-    training, attributes = module.training, dict(vars(module))
-    containers: list[Any] = [v for v in attributes.values() if isinstance(v, dict | list | set)]
-    empty = [container for container in containers if not container]  # most are, so that they are not copied
-    filled = [(container, container.copy()) for container in containers if container]
-    own = [*module.buffers(recurse=False), *(v for v in attributes.values() if isinstance(v, Tensor))]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in own]
+    """Return what makes a module as it is now, without a look at parts that hold nothing."""
+    own = vars(module)
+    attributes, training = own.copy(), module.training
+    empty: list[Any] = []  # most containers are, so that they are not copied
+    filled: list[tuple[Any, Any]] = []
+    tensors: list[tuple[Tensor, Tensor]] = []
+    for value in (*attributes.values(), *module._buffers.values()):
+        if type(value) in _UNALTERABLE:
+            continue
+        if isinstance(value, dict | list | set):
+            if value:
+                filled.append((value, value.copy()))
+            else:
+                empty.append(value)
+        elif isinstance(value, Tensor):
+            tensors.append((value, value.detach().clone()))
 
     def restore() -> None:
-        vars(module).clear()
-        vars(module).update(attributes)
+        if [*own] != [*attributes] or not all(map(operator.is_, own.values(), attributes.values())):
+            own.clear()
+            own.update(attributes)
         if module.training != training:  # modules of TorchScript keep the flag elsewhere
             module.training = training
         for container in filter(None, empty):

@@ -40,10 +40,10 @@ def require_module(network: object) -> nn.Module:
             f"The network must be a torch.nn.Module, got {type(network).__name__}. {cure}."
         )
     for name, module in network.named_modules():
-        for key, tensor in (*module.named_parameters(name, False), *module.named_buffers(name, False)):
-            if tensor.is_inference():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_inference():
                 raise UnsupportedNetworkError(
-                    f"{key} was made under torch.inference_mode(), so autograd cannot see through it. Build the "
+                    f"{name}{'.' * bool(name)}{key} was made under torch.inference_mode(), so autograd cannot see through it. Build the "
                     "network outside, or copy.deepcopy it and load_state_dict outside of inference mode."
                 )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
