@@ -306,7 +306,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
         for module in network.modules():
-            stack.callback(_module_restorer(module))
+            stack.callback(_Snapshot(module).restore)
         parameters = list(network.parameters())
         for parameter in parameters:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -338,40 +338,43 @@ def preserved_generators() -> Iterator[None]:
 _UNALTERABLE = frozenset({bool, int, float, str, tuple, type(None)})
 
 
-def _module_restorer(module: nn.Module) -> Callable[[], None]:
-    """Return what makes a module as it is now, without a look at parts that hold nothing."""
-    own = vars(module)
-    attributes, training = own.copy(), module.training
-    empty: list[Any] = []  # most containers are, so that they are not copied
-    filled: list[tuple[Any, Any]] = []
-    tensors: list[tuple[Tensor, Tensor]] = []
-    for value in (*attributes.values(), *module._buffers.values()):
-        if type(value) in _UNALTERABLE:
-            continue
-        if isinstance(value, dict | list | set):
-            if value:
-                filled.append((value, value.copy()))
-            else:
-                empty.append(value)
-        elif isinstance(value, Tensor):
-            tensors.append((value, value.detach().clone()))
+class _Snapshot:
+    """A module as it is now, without a look at parts that hold nothing."""
 
-    def restore() -> None:
-        if [*own] != [*attributes] or not all(map(operator.is_, own.values(), attributes.values())):
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training, self.attributes = module, module.training, vars(module).copy()
+        self.empty: list[Any] = []  # most containers are, so that they are not copied
+        self.filled: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, Tensor]] = []
+        for value in (*self.attributes.values(), *module._buffers.values()):
+            if type(value) not in _UNALTERABLE:
+                self._keep(value)
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append((value, value.detach().clone()))
+        elif isinstance(value, dict | list | set):
+            if value:
+                self.filled.append((value, value.copy()))
+            else:
+                self.empty.append(value)
+
+    def restore(self) -> None:
+        """Make the module again what it was, bit for bit."""
+        own, before = vars(self.module), self.attributes
+        if [*own] != [*before] or not all(map(operator.is_, own.values(), before.values())):
             own.clear()
-            own.update(attributes)
-        if module.training != training:  # modules of TorchScript keep the flag elsewhere
-            module.training = training
-        for container in filter(None, empty):
+            own.update(before)
+        if self.module.training != self.training:  # modules of TorchScript keep the flag elsewhere
+            self.module.training = self.training
+        for container in filter(None, self.empty):
             container.clear()
-        for container, content in filled:
+        for container, content in self.filled:
             _refill(container, content)
-        for tensor, values in tensors:
+        for tensor, values in self.tensors:
             if not torch.equal(tensor, values):
                 with torch.no_grad():
                     tensor.copy_(values)
-
-    return restore
 
 
 def _refill(container: dict[Any, Any] | list[Any] | set[Any], content: Any) -> None:

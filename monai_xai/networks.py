@@ -43,8 +43,9 @@ def require_module(network: object) -> nn.Module:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.is_inference():
                 raise UnsupportedNetworkError(
-                    f"{name}{'.' * bool(name)}{key} was made under torch.inference_mode(), so autograd cannot see through it. Build the "
-                    "network outside, or copy.deepcopy it and load_state_dict outside of inference mode."
+                    f"{f'{name}.{key}' if name else key} was made under torch.inference_mode(), so autograd cannot see "
+                    "through it. Build the network outside, or copy.deepcopy it and load_state_dict outside of "
+                    "inference mode."
                 )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UnsupportedNetworkError(
