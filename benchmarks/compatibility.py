@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -609,7 +608,7 @@ def run_or_read(name: str, kept: Path | None) -> list[Cell]:
     """Return the row of a network, as it was kept or from a run."""
     if kept is None:
         return run_network(name)
-    file = kept / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}.json"
+    file = kept / f"{name}.json"
     if not file.is_file():
         write_whole(file, json.dumps([(*who, asdict(outcome)) for *who, outcome in run_network(name)]))
     return [(*who, Outcome(**outcome)) for *who, outcome in json.loads(file.read_text())]
