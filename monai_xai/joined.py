@@ -11,6 +11,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -86,7 +87,7 @@ class Joined(ABC, Generic[Result]):
         self._bytes = 0.0
         self._is_checked = False
         self._takes_two = True
-        self._known: tuple[Trial[Any], Result] | None = None
+        self._known: _Known[Result] | None = None
         self._batches = Batches()
 
     def __call__(
@@ -116,7 +117,7 @@ class Joined(ABC, Generic[Result]):
             yield from zip([w.key for w in waiting], rest, strict=True)
 
     def _measured(self, waiting: list[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
-        """Find how many trials like the first one make a batch, and yield what it gives, if it was alone for that."""
+        """Find how many trials like the first one make a batch, and yield what it gives, if it goes alone."""
         trial = waiting[0]
         with LiveTensors() as live:
             result = self._alone(trial)
@@ -126,10 +127,10 @@ class Joined(ABC, Generic[Result]):
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
         if self._has_no_graph and self._memory_gib is None and _is_slow_alone(trial):
             self._size = max(self._size, 2)
-        if copies == 1:
+        if self._size == 1 and copies == 1:
             yield waiting.pop(0).key, result
-        elif self._size > 2:
-            self._known = trial, result  # what it is held against, once it has been in a batch with others
+        elif self._size > copies:
+            self._known = _Known(trial, result, copies)
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
         """Return how many bytes a batch may take, of which one part needs some."""
@@ -140,14 +141,21 @@ class Joined(ABC, Generic[Result]):
 
     def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what trials give that fit together."""
-        return self._in_batches(trials) if self._is_checked or len(trials) == 1 else self._checked(trials)
+        if self._is_checked:
+            return self._in_batches(trials)
+        return self._checked(trials) if len(trials) > 1 else self._one_by_one(trials)
 
     def _rest(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what the last trials give: where they are few, a look at their batch costs more than it saves."""
-        if self._is_checked or len(trials) > _FEW:
-            return self._together(trials)
-        self._known = None
-        return [result for trial in trials for result in self._call([trial])]
+        few = not self._is_checked and len(trials) <= _FEW
+        return self._one_by_one(trials) if few else self._together(trials)
+
+    def _one_by_one(self, trials: Sequence[Trial[Any]]) -> list[Result]:
+        known, self._known = self._known, None
+        return [
+            known.result if known and known.trial is trial and known.copies == 1 else self._call([trial])[0]
+            for trial in trials
+        ]
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.
@@ -168,7 +176,8 @@ class Joined(ABC, Generic[Result]):
         probes = self._probes(trials)
         for number in probes:
             trial = trials[number]
-            alone = self._known[1] if self._known and self._known[0] is trial else self._alone(trial)
+            known = self._known
+            alone = known.result if known and known.trial is trial else self._alone(trial)
             if not self._agree(alone, results[number]):
                 self._is_checked = True
                 self._distrust(trial, alone)
@@ -184,7 +193,7 @@ class Joined(ABC, Generic[Result]):
         if not varied:
             return [len(trials) - 1]
         first, rest = varied[-1], varied[:-1]
-        if self._known and self._known[0] is trials[varied[0]]:
+        if self._known and self._known.trial is trials[varied[0]]:
             first, rest = varied[0], varied[:0:-1]  # known already, and the others from the last on
         differing = (number for number in rest if trials[number].differs(trials[first]))
         return [first, *itertools.islice(differing, 1)]
@@ -206,6 +215,14 @@ class Joined(ABC, Generic[Result]):
         # Of batches of two, a batch of two would not tell what depends on their size.
         return 2 if self._takes_two and is_quicker and self._size != 2 else 1
 
+    def _filled(self, batch: Sequence[Trial[Any]]) -> Sequence[Trial[Any]]:
+        """Return a batch, with what is left over twice where that is quicker, once it is known to be no other."""
+        if len(batch) > 1 or not (self._is_checked and self._has_no_graph and self._takes_two):
+            return batch
+        features = _CHANNELS * math.prod(batch[0].like[0].shape[2:4])
+        is_quicker = self._size > 1 and _is_slow_alone(batch[0]) and features <= 2 * _SLOW_UP_TO
+        return [batch[0]] * (2 if is_quicker else 1)
+
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""
 
@@ -215,7 +232,7 @@ class Joined(ABC, Generic[Result]):
             size = max(1, min(self._size, len(trials)))
             try:
                 batches = (trials[start : start + size] for start in range(0, len(trials), size))
-                return [result for batch in batches for result in self._call(batch)]
+                return [r for batch in batches for r in self._call(self._filled(batch))[: len(batch)]]
             except RuntimeError as error:
                 if size == 1 or not _is_out_of_memory(error):
                     raise
@@ -349,6 +366,15 @@ class JoinedGradients(Joined[Gradient]):
                     running[number] = routine, routine.send(answer)
                 except StopIteration as end:
                     yield end.value
+
+
+@dataclass(frozen=True)
+class _Known(Generic[Result]):
+    """What a trial gives with nothing beside it but, if there are two copies, itself."""
+
+    trial: Trial[Any]
+    result: Result
+    copies: int
 
 
 def _is_slow_alone(trial: Trial[Any]) -> bool:
