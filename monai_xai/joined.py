@@ -117,7 +117,7 @@ class Joined(ABC, Generic[Result]):
             yield from zip([w.key for w in waiting], rest, strict=True)
 
     def _measured(self, waiting: list[Trial[Key]]) -> Iterator[tuple[Key, Result]]:
-        """Find how many trials like the first one make a batch, and yield what it gives, if it goes alone."""
+        """Find how many trials like the first one make a batch; yield what it gives, if no batch is held against it."""
         trial = waiting[0]
         with LiveTensors() as live:
             result = self._alone(trial)
@@ -127,7 +127,7 @@ class Joined(ABC, Generic[Result]):
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
         if self._has_no_graph and self._memory_gib is None and _is_slow_alone(trial):
             self._size = max(self._size, 2)
-        if self._size == 1 and copies == 1:
+        if copies == 1 and (self._size == 1 or not trial.varies):
             yield waiting.pop(0).key, result
         elif self._size > copies:
             self._known = _Known(trial, result, copies)
