@@ -307,7 +307,9 @@ def main() -> None:
     try:
         fire.Fire(_COMMANDS, command=words, name="monai_xai")
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. Cases that are explained are kept: the same command goes on.\n")
+        goes_on = words[:1] == ["explain"] and not any(word.startswith("--overlay") for word in words)
+        kept = " Cases that are explained are kept: the same command goes on." if goes_on else ""
+        sys.stderr.write(f"Interrupted.{kept}\n")
         sys.exit(130)
     except Exception as error:
         told: BaseException | None = error

@@ -79,14 +79,25 @@ class Batch:
         A file name without a number, such as ``flair.nii.gz`` or ``T1.nii.gz``, names a kind of image and no case: its
         folder is put in front.
         """
+        made_up = [f"case{self.place(i)}" for i in range(self.size)]
+        return tuple(map(as_name, made_up if self._given_names is None else self._given_names))
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the cases have names of their own, and are not only counted."""
+        return self._given_names is not None
+
+    @cached_property
+    def _given_names(self) -> list[Any] | None:
         batch = self.engine.state.batch
-        names = batch.get(self.case_key) if isinstance(batch, Mapping) else None
-        if names is None and isinstance(batch, Mapping):
-            image = batch.get(CommonKeys.IMAGE)
-            files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-            names = None if files is None else [case_of(file) for file in _as_list(files)]
-        names = [f"case{self.place(i)}" for i in range(self.size)] if names is None else _as_list(names)
-        return tuple(as_name(name) for name in names)
+        if not isinstance(batch, Mapping):
+            return None
+        names = batch.get(self.case_key)
+        if names is not None:
+            return _as_list(names)
+        image = batch.get(CommonKeys.IMAGE)
+        files = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+        return None if files is None else [case_of(file) for file in _as_list(files)]
 
     @cached_property
     def _fed(self) -> Fed:
@@ -195,10 +206,11 @@ def row_of(value: Any, row: int) -> Any:
     return [row_of(part, row) for part in value] if isinstance(value, list | tuple) else value
 
 
-_OF_A_KIND = (
-    r"(((?<![A-Za-z])[Tt]|(?<=[a-z])T)[12]|(?<![A-Za-z])N4|MNI152|(?<![A-Za-z\d])(\d+(\.\d+)?mm|[23][Dd]))"
+_OF_A_KIND = re.compile(
+    r"(?<![a-z])(t[12](?!\d)|(?<=[_-])n4(?!\d)|n4(?=[_-])|[23]d(?![a-z])|mni152|iso\d+(_\d+)?mm|\d+(\.\d+|_\d+)?(x\d+(\.\d+)?)*mm|\d(\.\d)?t(?![a-z]))",
+    re.IGNORECASE,
 )
-"""Numbers that tell the sequence, correction or space of a scan, and not the patient."""
+"""Numbers that tell the sequence, correction, size of voxels, space or field of a scan, and not the patient."""
 
 
 def case_of(file: Any) -> str:
@@ -209,8 +221,13 @@ def case_of(file: Any) -> str:
         ('BRATS_001', 'patient19_T1POST_N4_regtoMNI')
     """
     path = Path(str(file).removesuffix(".gz"))
-    is_kind = not any(letter.isdigit() for letter in re.sub(_OF_A_KIND, "", path.stem))
+    is_kind = not any(letter.isdigit() for letter in _OF_A_KIND.sub("", _words(path.stem)))
     return f"{path.parent.name}_{path.stem}" if is_kind and path.parent.name else path.stem
+
+
+def _words(name: str) -> str:
+    """Return a name with its words apart where a capital begins one, as in ``brainT1``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
 
 
 def as_name(value: Any) -> str:

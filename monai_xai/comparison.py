@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,11 +24,11 @@ from monai_xai.explanation import Explanation
 from monai_xai.files import as_csv, as_json, write_whole
 from monai_xai.forward import Scoring, with_progress
 from monai_xai.grounding import GroundingCase
-from monai_xai.grounding.words import marks_of
+from monai_xai.grounding.together import together
 from monai_xai.memory import PeakMemory
 from monai_xai.metrics import Scores
 from monai_xai.networks import device_of
-from monai_xai.ranks import Crew, in_step, rank
+from monai_xai.ranks import rank
 from monai_xai.statistics import holm, interval, sign_flip_test
 
 
@@ -395,23 +394,17 @@ def compare(
         seed: of the bootstrap.
         progress: whether a bar is shown.
         spread: where there are several processes, whether they share the cases and methods, each every n-th of these
-            pairs. All must call with the same cases, and all get the same result.
+            pairs. All must call with the same cases, and all get the same result; seconds are those beside the others.
 
     Raises:
         InputError: if there is no case or fewer than two methods.
         OtherProcessError: if work is shared, and another process failed.
         OutOfStepError: if work is shared, and another process has other cases.
     """
-    if len(explainers) < 2 or not cases:
-        raise InputError(
-            f"compare() needs two explainers or more and a case, got {len(explainers)} and {len(cases)}."
-        )
     chosen = {**(default_criteria() if criteria is None else criteria), **_COSTS}
     explainers = {name: replace(explainer, spread=False) for name, explainer in explainers.items()}
     names, ids = list(explainers), [case.id for case in cases]
-    values = {name: np.full((len(names), len(ids)), math.nan) for name in chosen}
-    reasons: dict[tuple[str, str, str], str] = {}
-    pairs = [(m, c) for c in range(len(ids)) for m in range(len(names))]
+    what = f"comparison of {', '.join(names)} by {', '.join(chosen)}"
 
     def judge(pair: tuple[int, int]) -> dict[str, Scores]:
         m, c = pair
@@ -421,15 +414,27 @@ def compare(
     def shown(own: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
         return with_progress(own, "methods and cases", shown=progress and rank() == 0)
 
-    crew = Crew.among(len(pairs)) if spread else Crew()
-    with in_step("comparison", marks_of(cases)) if spread else nullcontext():
-        found = crew.each(pairs, judge, "methods and cases", shown)
+    with together(what, cases, [network], len(names) * len(ids), spread=spread) as crew:
+        if len(names) < 2 or not ids:
+            raise InputError(
+                f"compare() needs two explainers or more and a case, got {len(names)} and {len(ids)}."
+            )
+        pairs = _pairs(len(names), len(ids), crew.size)
+        found = crew.each(pairs, judge, what, along=shown)
+    values = {name: np.full((len(names), len(ids)), math.nan) for name in chosen}
+    reasons: dict[tuple[str, str, str], str] = {}
     for (m, c), scores in zip(pairs, found, strict=True):
         for criterion, score in scores.items():
             values[criterion][m, c] = float(score.values[0])
             if score.reasons[0]:
                 reasons[criterion, names[m], ids[c]] = score.reasons[0]
     return Comparison(tuple(names), chosen, tuple(ids), values, reasons, seed)
+
+
+def _pairs(methods: int, cases: int, processes: int) -> list[tuple[int, int]]:
+    """Return method and case of each piece of work, so that no process, which takes every n-th, has its own methods."""
+    turns = processes > 1 and methods % processes == 0
+    return [((m + c * turns) % methods, c) for c in range(cases) for m in range(methods)]
 
 
 _COSTS = {

@@ -24,7 +24,7 @@ from monai_xai.errors import AttributionError, InputError, XaiError
 from monai_xai.explanation import Explanation, relative_gap
 from monai_xai.features import Features
 from monai_xai.forward import Scoring, guard
-from monai_xai.ranks import Crew, agree, in_step, meet, world_size
+from monai_xai.ranks import Crew, agree, in_step, meet, numbers_of, world_size
 from monai_xai.targets import Target
 from monai_xai.tasks import Inputs, Label, TargetLike, Task, as_inferer, as_targets, like, open_task
 from monai_xai.terms import count_not_finite
@@ -182,7 +182,7 @@ class Explainer:
         values = [x for x in given if isinstance(x, Tensor)]
         shapes = ", ".join(str(tuple(x.shape)) for x in values)
         asked = re.sub(r" at 0x[0-9a-f]+", "", f"{self.attributor} of {self.target}")
-        return in_step(f"{asked} on inputs of shape {shapes}", [n for x in values for n in _numbers(x)])
+        return in_step(f"{asked} on inputs of shape {shapes}", [n for x in values for n in numbers_of(x)])
 
     def _explain(self, task: Task, target: Target, clock: Clock) -> Explanation:
         start = time.perf_counter()
@@ -393,13 +393,6 @@ def _difference(one: Attributor, other: Attributor) -> str:
 def _delta(attribution: Attribution) -> Tensor:
     assert attribution.baseline_score is not None
     return sum_over(attribution.maps.values()) - (attribution.score - attribution.baseline_score)
-
-
-def _numbers(x: Tensor) -> list[float]:
-    """Return numbers by which an input is known again: standardized ones are told apart by the second."""
-    sizes = x.detach().double().abs().flatten()
-    places = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device) / max(len(sizes), 1)
-    return [float(sizes.sum()), float(sizes @ places)]
 
 
 def _digest(scoring: Scoring) -> str:

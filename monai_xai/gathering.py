@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ignite.engine import Engine, Events
@@ -24,9 +22,9 @@ from monai_xai.calls import CallForm
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.grounding import GroundingCase
+from monai_xai.grounding.together import tensors_in
 from monai_xai.networks import unwrap
-from monai_xai.packing import bytes_of
-from monai_xai.ranks import exchange, meet
+from monai_xai.ranks import exchange, meet, numbers_of, same_numbers, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +41,58 @@ class Gathered:
         masks: by what they mark and case id, shape (1, 1, *spatial), bool; empty ones are left out.
         labels: label maps likewise, integers.
         call: how the network takes its inputs.
+        unnamed: cases that are only counted.
     """
 
     cases: list[GroundingCase] = field(default_factory=list)
     masks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     call: CallForm = "arguments"
+    unnamed: set[str] = field(default_factory=set)
 
-    def add(self, other: Gathered, index: int, tail: str) -> None:
-        """Add a case that was gathered elsewhere, with its masks; if its name is taken, with a tail to it."""
+    def add(self, other: Gathered, index: int, name: str) -> None:
+        """Add a case that was gathered elsewhere, with its masks, under a name."""
         case = other.cases[index]
-        name = f"{case.id}{tail}" if case.id in {own.id for own in self.cases} else case.id
         self.cases.append(replace(case, id=name))
         for own, theirs in ((self.masks, other.masks), (self.labels, other.labels)):
             for what, by_case in theirs.items():
                 if case.id in by_case:
                     own.setdefault(what, {})[name] = by_case[case.id]
 
+    def marks(self) -> list[_Mark]:
+        """Return what the cases are known by in other processes."""
+        return [
+            _Mark(
+                None if case.id in self.unnamed else case.id,
+                [tuple(x.shape) for x in tensors_in(case.inputs)],
+                [number for x in tensors_in(case.inputs) for number in numbers_of(x)],
+            )
+            for case in self.cases
+        ]
+
+
+class _Mark(NamedTuple):
+    """Name of a case, if it has one of its own, and what its inputs are known by."""
+
+    name: str | None
+    shapes: list[tuple[int, ...]]
+    numbers: list[float]
+
+    def has_data_of(self, other: _Mark) -> bool:
+        return self.shapes == other.shapes and same_numbers(self.numbers, other.numbers)
+
+    def is_of(self, other: _Mark) -> bool:
+        """Tell whether two marks are of the same case: of one name, or, without names, of the same data."""
+        if self.name is None and other.name is None:
+            return self.has_data_of(other)
+        return self.name == other.name
+
 
 def unite(gathered: Gathered, most: int) -> Gathered:
     """Return the cases that the processes have gathered: the first of each, then the second of each, and so on.
 
-    A case that several have, as samplers give them that even processes out, comes once; other cases of the same name
-    get the number of their process. All processes must call it, and all get the same.
+    A case that several have, as samplers give them that even processes out, comes once. Cases without names of their
+    own are counted anew. All processes must call it, and all get the same.
 
     Args:
         gathered: the cases of this process.
@@ -75,37 +102,36 @@ def unite(gathered: Gathered, most: int) -> Gathered:
         OtherProcessError: if another process failed on its way here.
         OutOfStepError: if another process is elsewhere.
     """
-    place = "the gathering of cases"
-    marks = meet(place, [(case.id, _digest(case)) for case in gathered.cases])
-    if all(other == marks[0] for other in marks):
+    if world_size() == 1:
         return gathered
-    parts = exchange(place, gathered)
+    marks = meet("the gathering of cases", gathered.marks())
+    if all(_are_of(own, marks[0]) for own in marks):
+        return gathered
+    parts = exchange("the gathering of cases", gathered)
     united = Gathered(call=next((part.call for part in parts if part.cases), gathered.call))
-    first: dict[str, int] = {}
-    for row in itertools.zip_longest(*(range(len(part.cases)) for part in parts)):
-        for number, index in enumerate(row):
-            if index is None or len(united.cases) == most:
+    known: list[tuple[int, _Mark]] = []
+    for index in range(max(map(len, marks))):
+        for number, own in enumerate(marks):
+            if index >= len(own) or len(united.cases) == most:
                 continue
-            if first.setdefault(marks[number][index][1], number) == number:
-                united.add(parts[number], index, f" (process {number})")
+            mark = own[index]
+            twin = next((other for first, other in known if first != number and mark.is_of(other)), None)
+            if twin is None:
+                known.append((number, mark))
+                name = f"case{len(united.cases)}" if mark.name is None else mark.name
+                united.add(parts[number], index, name)
+            elif not mark.has_data_of(twin):
+                logger.warning(
+                    "Case %s has other data in process %d: taken for the same. If it is another, give it a name of its "
+                    "own in the data list.", mark.name, number,
+                )  # fmt: skip
     return united
 
 
-def _digest(case: GroundingCase) -> str:
-    """Return a hash of all values of a case."""
-    digest = hashlib.sha256()
-    for x in _tensors_in((case.inputs, case.label)):
-        digest.update(bytes_of(x))
-    return digest.hexdigest()
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nested value."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(part)
+def _are_of(some: Sequence[_Mark], others: Sequence[_Mark]) -> bool:
+    return len(some) == len(others) and all(
+        one.is_of(other) and one.has_data_of(other) for one, other in zip(some, others, strict=True)
+    )
 
 
 class Gathering:
@@ -201,6 +227,8 @@ class Gathering:
         name = batch.names[row]
         if name in {case.id for case in gathered.cases}:
             name = f"{name} ({batch.first + row})"
+        if not batch.has_names:
+            gathered.unnamed.add(name)
         gathered.call = batch.call
         inputs, label = (on_device(row_of(x, row), "cpu") for x in (batch.inputs, batch.label))
         correct = _is_correct(row_of(batch.prediction, row), label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from monai_xai.errors import InputError
 from monai_xai.figures import encode_png, rasterize
 from monai_xai.gathering import Gathered, Gathering, Masks
 from monai_xai.handlers import register_events
-from monai_xai.ranks import rank
+from monai_xai.ranks import in_step, rank
 from monai_xai.report.names import new_salt
 from monai_xai.tensorboard import image_summary
 
@@ -139,16 +140,13 @@ class EpochJudge(ABC, Generic[Result]):
         self.spread = spread
         self.failures = 0
         self._log_dir = log_dir
+        self._drawer: JudgmentBoard[Result] | None = None
         self._gathering = Gathering(owner, cases, every_n_epochs, case_key, masks, labels)
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator, or to a plain ignite engine; a second time does nothing."""
         register_events(engine)
-        if engine.has_event_handler(self):
-            return
         self._gathering.attach(engine, self, self._fail)
-        if self._log_dir is not None and self._is_writing:
-            self.board(str(self._log_dir), anonymize=self.anonymize, salt=self.salt).attach(engine)
 
     @property
     def _is_writing(self) -> bool:
@@ -159,20 +157,30 @@ class EpochJudge(ABC, Generic[Result]):
         """Judge what the epoch has gathered."""
         if not self._gathering.is_due(engine):
             return
-        epoch, kept_as, where = engine.state.epoch, self.board.kept_as, f"epoch {engine.state.epoch}"
+        where = f"epoch {engine.state.epoch}"
         try:
-            gathered = self._gathering.take(spread=self.spread)
-            if not gathered.cases:
-                return
-            where = f"{where}, {len(gathered.cases)} cases"
-            result = self._judge(engine, gathered)
-            setattr(engine.state, kept_as, result)
-            logger.info("%s, epoch %d: %s", kept_as.capitalize(), epoch, self._summary(result))
-            if self.output_dir is not None and self._is_writing:
-                self._save_as_shown(result, Path(self.output_dir), epoch)
-            engine.fire_event(self.board.completed)
+            with in_step(f"the judging of {where}") if self.spread else nullcontext():
+                gathered = self._gathering.take(spread=self.spread)
+                if not gathered.cases:
+                    return
+                where += f", {len(gathered.cases)} cases"
+                result = self._judge(engine, gathered)
+            self._tell(engine, result)
         except Exception as error:
             self._fail(error, where)
+
+    def _tell(self, engine: Engine, result: Result) -> None:
+        """Put a result where others find it, write it, and tell of it."""
+        epoch, kept_as = engine.state.epoch, self.board.kept_as
+        setattr(engine.state, kept_as, result)
+        logger.info("%s, epoch %d: %s", kept_as.capitalize(), epoch, self._summary(result))
+        if self.output_dir is not None and self._is_writing:
+            self._save_as_shown(result, Path(self.output_dir), epoch)
+        if self._log_dir is not None and self._is_writing:
+            if self._drawer is None:
+                self._drawer = self.board(str(self._log_dir), anonymize=self.anonymize, salt=self.salt)
+            self._drawer.attach(engine)
+        engine.fire_event(self.board.completed)
 
     @abstractmethod
     def _judge(self, engine: Engine, gathered: Gathered) -> Result:

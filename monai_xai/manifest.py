@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from monai_xai.errors import InputError, SettingsChangedError
 from monai_xai.files import as_csv, as_json, checksum, keyed_hash, remove_partial_files, write_whole
-from monai_xai.packing import bytes_of
 
 try:
     import fcntl
@@ -261,7 +260,7 @@ def fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name}:".encode())
-        digest.update(bytes_of(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
+        digest.update(_bytes_of(tensor) if isinstance(tensor, Tensor) else repr(tensor).encode())
     return digest.hexdigest()
 
 
@@ -288,7 +287,7 @@ def _settings(value: Any, depth: int) -> Any:
     if isinstance(value, Tensor | np.ndarray | np.generic):
         tensor = torch.as_tensor(value)
         is_short = tensor.numel() <= 16
-        return str(tensor.tolist()) if is_short else hashlib.sha256(bytes_of(tensor)).hexdigest()
+        return str(tensor.tolist()) if is_short else hashlib.sha256(_bytes_of(tensor)).hexdigest()
     if isinstance(value, nn.Module):
         return fingerprint(value)
     if isinstance(value, type):
@@ -357,6 +356,14 @@ def _stamp(name: str | Path) -> list[int]:
     except (OSError, ValueError):  # too long for a path, or with a NUL
         return []
     return [found.st_size, found.st_mtime_ns]
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
+    if plain.is_quantized:
+        plain = plain.dequantize()
+    return head + plain.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _is_record(value: Any) -> bool:

@@ -74,15 +74,6 @@ def as_text(tensor: Tensor) -> dict[str, Any]:
     return {_TENSOR: data, "dtype": str(array.numpy().dtype), "shape": list(tensor.shape)}
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    """Return type, shape and values of a tensor, for a hash."""
-    plain = tensor.detach().cpu().contiguous()
-    head = f"{plain.dtype}{tuple(plain.shape)}".encode()
-    if plain.is_quantized:
-        plain = plain.dequantize()
-    return head + plain.flatten().view(torch.uint8).numpy().tobytes()
-
-
 def _from_text(value: Mapping[str, Any]) -> Tensor:
     data = np.frombuffer(base64.b64decode(value[_TENSOR]), dtype=value["dtype"])
     return torch.from_numpy(data.reshape(value["shape"]).copy())

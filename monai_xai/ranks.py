@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from monai_xai.errors import OtherProcessError, OutOfStepError
+from monai_xai.errors import InputError, OtherProcessError, OutOfStepError
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
@@ -23,6 +22,10 @@ _Item = TypeVar("_Item")
 
 _PATIENCE = timedelta(days=1)
 """How long a process waits for the others: as long as their cases take. Of one that dies, the launcher ends all."""
+_steps: list[str] = []
+"""What this process does in step with the others, from the outermost on."""
+_tables: dict[int, Any] = {}
+"""The group at which processes meet, by the one that they belong to."""
 
 
 def join() -> torch.device:
@@ -74,8 +77,20 @@ def from_first(value: _Value) -> _Value:
     """Return the value that the first process has; all processes must call it."""
     values = [value]
     if world_size() > 1:
-        distributed.broadcast_object_list(values, src=0)
+        distributed.broadcast_object_list(values, src=0, group=_table())
     return values[0]
+
+
+def _table() -> Any:
+    """Return a group at which processes meet, made at the first meeting: on CPUs, and with patience.
+
+    That of a training waits for minutes, which is less than a case may take, and with NCCL what is told would go
+    through the memory of GPUs.
+    """
+    own = id(distributed.group.WORLD)
+    if own not in _tables:
+        _tables[own] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    return _tables[own]
 
 
 def wait_for_all(place: str) -> None:
@@ -106,8 +121,9 @@ def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]
     if world_size() == 1:
         return [value]
     met: list[Any] = [None] * world_size()
-    distributed.all_gather_object(met, (place, value, failure))
-    distributed.barrier()  # so that gloo's thread has let go of what was gathered: at a program's end it waits for ever
+    distributed.all_gather_object(met, (place, value, failure), group=_table())
+    # So that gloo's thread has let go of what was gathered: at a program's end it waits for ever.
+    distributed.barrier(group=_table())
     places, values, failures = zip(*met, strict=True)
     failed = [f"in process {number}: {words}" for number, words in enumerate(failures) if words is not None]
     if failed and failure is None:
@@ -120,28 +136,38 @@ def meet(place: str, value: Any = None, failure: str | None = None) -> list[Any]
     return list(values)
 
 
-def exchange(place: str, value: _Value) -> list[_Value]:
+def exchange(place: str, value: _Value, device: torch.device | None = None) -> list[_Value]:
     """Meet the other processes, and return what each brings, in their order, also where it holds tensors.
 
-    Tensors from a GPU come to the current GPU of the process that reads them.
+    Args:
+        place: where this process is in its work; all must be at the same.
+        value: what it brings.
+        device: where tensors come to that others had on a GPU; None: the CPU.
 
     Raises:
+        InputError: if what it brings cannot be handed over.
         OtherProcessError: if another process failed on its way here.
         OutOfStepError: if another process is elsewhere.
     """
     if world_size() == 1:
         return [value]
     sealed = io.BytesIO()
-    torch.save(value, sealed)
-    found = meet(place, sealed.getvalue())
+    try:
+        torch.save(value, sealed)
+    except Exception as error:
+        raise InputError(
+            f"What this process found cannot be handed to the others ({place}): {type(error).__name__}: {error}. "
+            "Classes of your own must be importable; or let every process work by itself, spread=False."
+        ) from error
+
+    def place_near(storage: Any, location: str) -> Any:
+        is_here = device is not None and device.type == "cuda" and location.startswith("cuda")
+        return storage.cuda(device) if is_here else storage
+
     return [
-        torch.load(io.BytesIO(brought), map_location=_nearby, weights_only=False)  # of our own processes
-        for brought in found
+        torch.load(io.BytesIO(brought), map_location=place_near, weights_only=False)  # of our own processes
+        for brought in meet(place, sealed.getvalue())
     ]
-
-
-def _nearby(storage: Any, location: str) -> Any:
-    return storage.cuda() if location.startswith("cuda") else storage
 
 
 @dataclass(frozen=True)
@@ -173,7 +199,9 @@ class Crew:
         items: Sequence[_Item],
         work: Callable[[_Item], _Value],
         what: str,
+        *,
         along: Callable[[Sequence[_Item]], Iterable[_Item]] = iter,
+        device: torch.device | None = None,
     ) -> list[_Value]:
         """Return what a function gives for every item, in their order; each is done by one process and told to all.
 
@@ -182,14 +210,19 @@ class Crew:
         Args:
             items: the same in all processes.
             work: does one of them; what it gives can be pickled.
-            what: is done, for errors.
+            what: is done, and with which items: the same words in all processes.
             along: shows how far the items of this process are.
+            device: where tensors of other processes come to that were on a GPU there; None: the CPU.
         """
         done = [work(item) for item in along(self.own(items))]
         if self.size == 1:
             return done
-        parts = exchange(what, done)
+        parts = exchange(what, done, device)
         return [parts[i % self.size][i // self.size] for i in range(len(items))]
+
+    def tell(self, what: str, value: _Value) -> list[_Value]:
+        """Return what each process says, in their order; each must say something."""
+        return [value] if self.size == 1 else exchange(what, value)
 
     def place(self, number: int) -> int:
         """Return the number among all pieces of one that this process has."""
@@ -215,11 +248,16 @@ def agree(place: str, numbers: Sequence[float] = ()) -> None:
         OutOfStepError: if some process is elsewhere, or has other numbers; in all of them.
     """
     met = meet(place, list(numbers))
-    if not all(map(_alike, itertools.chain(*met), itertools.cycle(met[0]))):
-        raise OutOfStepError(
-            f"Processes that share the work on {place} have different data: {met}. All must explain the same cases "
-            "in the same order, from data that all can read."
-        )
+    for other in met[1:]:
+        if not same_numbers(met[0], other):
+            apart = [
+                pair for pair in zip(met[0], other, strict=False) if not same_numbers(*([n] for n in pair))
+            ]
+            raise OutOfStepError(
+                f"Processes that share the work on {place} have different data, such as "
+                f"{' and '.join(map(str, apart[0])) if apart else f'{len(met[0])} and {len(other)} numbers'}. All must "
+                "have the same cases in the same order, and the same weights."
+            )
 
 
 @contextmanager
@@ -235,6 +273,10 @@ def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
         OutOfStepError: if another process is at something else.
     """
     agree(place, numbers)
+    if _steps:  # the outermost tells of what fails, and waits for the others
+        yield
+        return
+    _steps.append(place)
     try:
         yield
         meet(f"the end of {place}")
@@ -243,6 +285,20 @@ def in_step(place: str, numbers: Sequence[float] = ()) -> Iterator[None]:
     except Exception as error:
         meet(place, failure=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        _steps.clear()
+
+
+def numbers_of(x: Tensor) -> list[float]:
+    """Return numbers by which a tensor is known again: standardized ones are told apart by the second."""
+    sizes = x.detach().double().abs().flatten()
+    places = torch.arange(len(sizes), dtype=sizes.dtype, device=sizes.device) / max(len(sizes), 1)
+    return [float(sizes.sum()), float(sizes @ places)]
+
+
+def same_numbers(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Tell whether numbers are the same but for rounding."""
+    return len(some) == len(others) and all(map(_alike, some, others))
 
 
 def _alike(one: float, other: float) -> bool:

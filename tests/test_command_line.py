@@ -11,7 +11,17 @@ import yaml
 from monai.bundle import ConfigParser
 
 from monai_xai import attributors, overlays
-from monai_xai.__main__ import compare_methods, explain, judge, layers, main, methods, modalities, overlay
+from monai_xai.__main__ import (
+    _COMMANDS,
+    compare_methods,
+    explain,
+    judge,
+    layers,
+    main,
+    methods,
+    modalities,
+    overlay,
+)
 from monai_xai.bundle_settings import merge_settings
 from monai_xai.errors import InputError
 
@@ -171,6 +181,26 @@ def test_an_error_comes_without_a_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["monai_xai", "explain", "--bundle", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"UnsupportedBundleError: .* has no configs/inference"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "--bundle", "x"], "Interrupted. Cases that are explained are kept: the same command goes on.\n"),
+        (["explain", "--bundle", "x", "--overlay=inference"], "Interrupted.\n"),
+        (["ground", "--bundle", "x"], "Interrupted.\n"),
+    ],
+)  # fmt: skip
+def test_an_interruption_is_no_error_and_says_what_is_kept(monkeypatch, capsys, words, said):
+    def interrupt(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["monai_xai", *words])
+    monkeypatch.setitem(_COMMANDS, words[0], interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("command", ["explain", "modalities", "compare", "ground", "overlay", "layers"])

@@ -95,7 +95,6 @@ NEIGHBORS = {
     "metrics": {"statistics"},
     "grounding": {"cohorts", "metrics", "statistics"},
     "comparison": {"grounding", "metrics", "statistics"},
-    "manifest": {"packing"},
     "cases": {"batches"},
     "handlers": {"batches", "cases"},
     "saver": {"batches", "case_loader", "cases", "handlers", "transforms"},

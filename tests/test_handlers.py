@@ -40,6 +40,7 @@ from monai_xai import (
     UnsavedMapWarning,
     WorstCases,
 )
+from monai_xai.batches import case_of
 from monai_xai.cases import foreground_dice, multilabel_dice
 from monai_xai.handlers import register_events
 
@@ -376,6 +377,21 @@ def test_generic_file_names_get_their_folder_and_cases_that_did_not_come_are_nam
     evaluator([recorder, AttributionHandler(EXPLAINER, ["p1_flair", "p7_flair"])], data=Dataset(data)).run()
     assert recorder.cases == ["p1_flair"]
     assert "The cases p7_flair did not come. The epoch had p0_flair, p1_flair" in caplog.text
+
+
+KINDS = [
+    "flair", "T1", "t1ce", "T1POST_N4_noneck_reduced_winsor_regtoMNI", "T2_N4_reg", "T1_mni152", "T1_2x2x2mm",
+    "T1_iso1mm", "T2_1_5mm", "1.5T_flair", "3T_T1", "brainT1", "MNI152_T1_1mm", "t1_3D", "dwi_2d", "pet",
+]  # fmt: skip
+PATIENTS = [
+    "BRATS_001", "spleen_10", "patient26", "0001", "IXI002-Guys", "T1_subject7", "img12", "scan3", "N4", "N12",
+    "sub-07_T1w", "T1234", "n41", "case4_T1", "CT0012", "T10", "s0011", "2d3", "PET3",
+]  # fmt: skip
+
+
+def test_a_file_of_a_kind_of_scan_is_called_by_its_folder_and_one_of_a_patient_is_not():
+    assert [case_of(f"a/{kind}.nii.gz") for kind in KINDS] == [f"a_{kind}" for kind in KINDS]
+    assert [case_of(f"a/{patient}.nii.gz") for patient in PATIENTS] == PATIENTS
 
 
 def test_a_large_gap_is_warned_of_with_its_case():

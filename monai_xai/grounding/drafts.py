@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,13 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from monai_xai.explanation import Explanation
-from monai_xai.grounding.evidence import Evidence, mean_of_known
+from monai_xai.grounding.evidence import Evidence, Maps, Opened, mean_of_known
 from monai_xai.grounding.words import Gate, GroundingSettings, GroundingTest, Status
 from monai_xai.ranks import Crew
 from monai_xai.statistics import holm, interval
 
 _Value = TypeVar("_Value")
+_Case = TypeVar("_Case", Opened, Evidence)
 CHOICE = "[E] a choice of ours, no literature"
 
 
@@ -47,7 +48,7 @@ class Cohort:
         settings: thresholds.
         left_out: why others are not looked at, by id.
         curves: for the page.
-        second: explanations of the second network, by id.
+        second: maps of the second network as they are judged, by id.
         crew: the processes that share the cases.
     """
 
@@ -55,7 +56,7 @@ class Cohort:
     settings: GroundingSettings
     left_out: dict[str, str] = field(default_factory=dict)
     curves: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
-    second: dict[str, Explanation] = field(default_factory=dict)
+    second: dict[str, Maps] = field(default_factory=dict)
     crew: Crew = field(default_factory=Crew)
 
     def each(
@@ -68,9 +69,16 @@ class Cohort:
             what: is done, for errors.
             cases: which; None: all.
         """
-        chosen = self.cases if cases is None else cases
-        found = self.crew.each(chosen, work, what)
-        return {e.id: value for e, value in zip(chosen, found, strict=True)}
+        return self.on_each(self.cases if cases is None else cases, work, what)
+
+    def on_each(
+        self, items: Sequence[_Case], work: Callable[[_Case], _Value], what: str
+    ) -> dict[str, _Value]:
+        """Do :meth:`each` for cases at any stage."""
+        ids = [item.id for item in items]
+        device = next((x.device for item in items for x in item.inputs.values()), None)
+        words = f"{what} of {len(ids)} cases ({hashlib.sha256(repr(ids).encode()).hexdigest()[:12]})"
+        return dict(zip(ids, self.crew.each(items, work, words, device=device), strict=True))
 
 
 def measured(

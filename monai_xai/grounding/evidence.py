@@ -151,6 +151,10 @@ class Opened:
     body: Tensor
     region: Tensor | None
 
+    @property
+    def id(self) -> str:
+        return self.case.id
+
     def explained(self, network: nn.Module) -> _WithBaseline | str:
         """Return the map and the score at the baseline, or say why there is none."""
         try:

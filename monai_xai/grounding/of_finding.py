@@ -378,7 +378,7 @@ def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
         if e.id in again:
             row.append(_mass(e, e.on_grid(again[e.id])))
         if e.id in cohort.second:
-            row.append(_mass(e, e.located(cohort.second[e.id])))
+            row.append(_mass(e, e.on_grid(cohort.second[e.id])))
         rows[e.id] = row
     width = max(map(len, rows.values()), default=0)
     table = [row for row in rows.values() if len(row) == width and not any(map(math.isnan, row))]

@@ -132,9 +132,9 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
         f" Maps of two patients are alike by {between:.2f} (Arun et al. 2021)." if between == between else ""
     )
     if second is not None:
-        found = cohort.each(lambda e: map_again(e, second), "the second network")
-        cohort.second = {name: explanation for name, explanation in found.items() if explanation is not None}
-    kept = {e.id: alike(e.maps, e.judged(cohort.second[e.id])) for e in cohort.cases if e.id in cohort.second}
+        found = cohort.each(lambda e: _judged_again(e, second), "maps of the second network")
+        cohort.second = {name: maps for name, maps in found.items() if maps is not None}
+    kept = {e.id: alike(e.maps, cohort.second[e.id]) for e in cohort.cases if e.id in cohort.second}
     p = signed_rank_test([kept[name] - by_chance[name] for name in kept]) if kept else math.nan
     test = measured(
         cohort, "T2", T2, "Q1", by_chance, p=p, threshold=rule,
@@ -155,6 +155,12 @@ def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | No
     return Draft(
         test, both, f"{both} A network that was trained gives no more of the same map than random weights."
     )
+
+
+def _judged_again(e: Evidence, network: nn.Module, inputs: Maps | None = None) -> Maps | None:
+    """Return the maps of another network, or at other inputs, as they are judged; None where there are none."""
+    found = map_again(e, network, inputs)
+    return None if found is None else {name: values.clone() for name, values in e.judged(found).items()}
 
 
 def _to(evidence: Evidence, network: nn.Module) -> float:
@@ -341,17 +347,14 @@ def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str
     noise inside of the body and the same in all patients outside.
     """
     settings, stable = cohort.settings, {}
-    again: dict[str, Maps] = {}
     between = between_patients(cohort.cases)
     better = cohort.each(lambda e: _beyond_shifted(e, network, settings), "fidelity")
     rescans = cohort.each(
-        lambda e: map_again(e, network, noised(e, settings.noise, settings.seed)), "another acquisition"
+        lambda e: _judged_again(e, network, noised(e, settings.noise, settings.seed)), "another acquisition"
     )
+    again = {name: maps for name, maps in rescans.items() if maps is not None}
     for e, others in zip(cohort.cases, between, strict=True):
-        found = rescans[e.id]
-        if found is not None:
-            again[e.id] = e.judged(found)
-        kept = alike(e.maps, again[e.id]) if found is not None else math.nan
+        kept = alike(e.maps, again[e.id]) if e.id in again else math.nan
         stable[e.id] = kept - others
         e.per_case["T6 stability"] = kept
     p_values = [signed_rank_test(list(better.values())), signed_rank_test(list(stable.values()))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,6 +18,7 @@ from monai_xai.grounding import of_finding, of_model
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
 from monai_xai.grounding.evidence import Evidence, Opened, mean_of_known, open_case, signed_maps
 from monai_xai.grounding.places import name_places, shares_of_places
+from monai_xai.grounding.together import together
 from monai_xai.grounding.words import (
     GroundedCase,
     Grounding,
@@ -26,11 +26,9 @@ from monai_xai.grounding.words import (
     GroundingSettings,
     GroundingTest,
     Verdict,
-    marks_of,
 )
 from monai_xai.metrics.base import as_one_map, real
 from monai_xai.networks import unwrap
-from monai_xai.ranks import Crew, in_step
 
 Masks = Mapping[str, Tensor]
 TITLES = {
@@ -93,9 +91,10 @@ def ground(
     """
     settings = settings or GroundingSettings()
     cases = list(cases)
-    _check_ids(cases, regions=regions, within=within, structures=structures, **(confounders or {}))
-    cohort = Cohort([], settings, crew=Crew.among(len(cases)) if spread else Crew())
-    with in_step("grounding", marks_of(cases)) if spread else nullcontext():
+    networks = (network, second_network, permuted_network)
+    with together("grounding", cases, networks, len(cases), spread=spread) as crew:
+        _check_ids(cases, regions=regions, within=within, structures=structures, **(confounders or {}))
+        cohort = Cohort([], settings, crew=crew)
         _gather(cohort, explainer, network, cases, regions or {}, within or {})
         everyone = list(cohort.cases)
         drafts = of_model.judge_preconditions(cohort)
@@ -142,19 +141,27 @@ def _gather(
     within: Masks,
 ) -> None:
     """Explain the cases, and say of those that cannot be why."""
-    found = {
-        case.id: open_case(explainer, network, case, regions.get(case.id), within.get(case.id))
-        for case in cases
-    }
-    opened = [one for one in found.values() if isinstance(one, Opened)]
-    explained = cohort.crew.each(opened, lambda one: one.explained(network), "explaining")
-    with_maps = dict(zip((one.case.id for one in opened), explained, strict=True))
-    for name, one in found.items():
-        given = one if isinstance(one, str) else with_maps[name]
+    opened: dict[str, Opened] = {}
+    refused: dict[str, str] = {}
+    for case in cases:
+        found = open_case(explainer, network, case, regions.get(case.id), within.get(case.id))
+        if isinstance(found, str):
+            refused[case.id] = found
+        else:
+            opened[case.id] = found
+    left_out: dict[str, str] = {}
+    for others in cohort.crew.tell(
+        "what cannot be asked about", refused
+    ):  # memory may hold a case here, not there
+        left_out = {**others, **left_out}
+    asked = [one for name, one in opened.items() if name not in left_out]
+    explained = cohort.on_each(asked, lambda one: one.explained(network), "explaining")
+    for case in cases:
+        given = left_out[case.id] if case.id in left_out else explained[case.id]
         if isinstance(given, str):
-            cohort.left_out[name] = given
-        elif isinstance(one, Opened):
-            cohort.cases.append(one.with_map(given))
+            cohort.left_out[case.id] = given
+        else:
+            cohort.cases.append(opened[case.id].with_map(given))
 
 
 def _judge_model(
