@@ -312,7 +312,7 @@ def test_every_bundle_can_be_compared_and_judged(bundle: str, kind: str) -> None
     assert merged["initialize"][-1] == f"$@{kind}_handler.attach(@evaluator)"
     assert set(merged[f"{kind}_handler"]) <= {
         "_target_", "explainer", "explainers", "target", "region", "criteria", "cases", "settings", "output_dir",
-        "log_dir",
+        "log_dir", "spread",
     }  # fmt: skip
     if kind == "comparison":
         methods = merged.get_parsed_content("comparison_methods")
