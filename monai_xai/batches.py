@@ -207,8 +207,15 @@ def row_of(value: Any, row: int) -> Any:
 
 
 _OF_A_KIND = re.compile(
-    r"(?<![a-z])(t[12](?!\d)|(?<=[_-])n4(?!\d)|n4(?=[_-])|[23]d(?![a-z])|mni152|iso\d+(_\d+)?mm|\d+(\.\d+|_\d+)?(x\d+(\.\d+)?)*mm|\d(\.\d)?t(?![a-z]))",
-    re.IGNORECASE,
+    r"""(?<![a-z])(
+    t[12](?!\d)                                          # T1, T2
+    | (?<=[_-])n4(?!\d) | n4(?=[_-])                     # the correction N4, beside another word
+    | [23]d(?![a-z])
+    | mni152
+    | iso\d+(_\d+)?mm | \d+(\.\d+|_\d+)?(x\d+(\.\d+)?)*mm  # size of voxels
+    | \d(\.\d)?t(?![a-z])                               # strength of the field
+    )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 """Numbers that tell the sequence, correction, size of voxels, space or field of a scan, and not the patient."""
 

@@ -209,9 +209,8 @@ class Joined(ABC, Generic[Result]):
 
     def _copies(self, trial: Trial[Any]) -> int:
         """Return how often a trial is in a batch of its own: twice, if it is a volume for which that is quicker."""
-        features = _CHANNELS * math.prod(trial.like[0].shape[2:4])
         is_small = self._memory_gib is None and 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
-        is_quicker = is_small and _is_slow_alone(trial) and features <= _SLOW_UP_TO
+        is_quicker = is_small and _is_slow_alone(trial) and _rows(trial) <= _SLOW_UP_TO
         # Of batches of two, a batch of two would not tell what depends on their size.
         return 2 if self._takes_two and is_quicker and self._size != 2 else 1
 
@@ -219,8 +218,7 @@ class Joined(ABC, Generic[Result]):
         """Return a batch, with what is left over twice where that is quicker, once it is known to be no other."""
         if len(batch) > 1 or not (self._is_checked and self._has_no_graph and self._takes_two):
             return batch
-        features = _CHANNELS * math.prod(batch[0].like[0].shape[2:4])
-        is_quicker = self._size > 1 and _is_slow_alone(batch[0]) and features <= 2 * _SLOW_UP_TO
+        is_quicker = self._size > 1 and _is_slow_alone(batch[0]) and _rows(batch[0]) <= 2 * _SLOW_UP_TO
         return [batch[0]] * (2 if is_quicker else 1)
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
@@ -381,6 +379,11 @@ def _is_slow_alone(trial: Trial[Any]) -> bool:
     """Tell whether PyTorch has a slower convolution for a trial than for two of them, wherever features are small."""
     first = trial.like[0]
     return first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and first.device.type == "cpu"
+
+
+def _rows(trial: Trial[Any]) -> int:
+    """Return channels times slices times rows of its features where they are as large as its input."""
+    return _CHANNELS * math.prod(trial.like[0].shape[2:4])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -24,7 +24,7 @@ _PATIENCE = timedelta(days=1)
 """How long a process waits for the others: as long as their cases take. Of one that dies, the launcher ends all."""
 _steps: list[str] = []
 """What this process does in step with the others, from the outermost on."""
-_tables: dict[int, Any] = {}
+_tables: dict[Any, Any] = {}
 """The group at which processes meet, by the one that they belong to."""
 
 
@@ -47,6 +47,7 @@ def join() -> torch.device:
 def leave() -> None:
     """Take leave of the other processes."""
     if _is_several():
+        _tables.clear()
         distributed.destroy_process_group()
 
 
@@ -87,7 +88,7 @@ def _table() -> Any:
     That of a training waits for minutes, which is less than a case may take, and with NCCL what is told would go
     through the memory of GPUs.
     """
-    own = id(distributed.group.WORLD)
+    own = distributed.group.WORLD
     if own not in _tables:
         _tables[own] = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return _tables[own]

@@ -150,9 +150,8 @@ def _gather(
         else:
             opened[case.id] = found
     left_out: dict[str, str] = {}
-    for others in cohort.crew.tell(
-        "what cannot be asked about", refused
-    ):  # memory may hold a case here, not there
+    # Memory may hold a case in one process and not in another.
+    for others in cohort.crew.tell("what cannot be asked about", refused):
         left_out = {**others, **left_out}
     asked = [one for name, one in opened.items() if name not in left_out]
     explained = cohort.on_each(asked, lambda one: one.explained(network), "explaining")
