@@ -16,7 +16,7 @@ from monai_xai.ranks import Crew
 from monai_xai.statistics import holm, interval
 
 _Value = TypeVar("_Value")
-_Case = TypeVar("_Case", Opened, Evidence)
+_Case = TypeVar("_Case", bound=Opened)
 CHOICE = "[E] a choice of ours, no literature"
 
 

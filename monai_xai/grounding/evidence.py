@@ -32,38 +32,60 @@ _WithBaseline = tuple[Explanation, float, float]
 
 
 @dataclass(eq=False)
-class Evidence:
-    """One case, explained.
+class Opened:
+    """One case, asked about and not explained yet.
 
     Args:
         case: what was handed in.
         inputs: by name, in call order.
         explainer: with what it selected from the clean prediction frozen.
-        explanation: the map that is judged.
         output: the clean prediction.
         grid: name of the first image, on whose grid body and region lie.
         body: where to look, shape (1, 1, *spatial).
         region: the marked finding, shape (1, 1, *spatial); None if there is none.
-        baseline_score: the score at the baseline.
-        baseline_error: what that may be off by.
-        per_case: what the tests found, by their id.
     """
 
     case: GroundingCase
     inputs: dict[str, Tensor]
     explainer: Explainer
-    explanation: Explanation
     output: Tensor
     grid: str
     body: Tensor
     region: Tensor | None
-    baseline_score: float
-    baseline_error: float
-    per_case: dict[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
         return self.case.id
+
+    def explained(self, network: nn.Module) -> _WithBaseline | str:
+        """Return the map and the score at the baseline, or say why there is none."""
+        try:
+            explanation = explain_again(self.explainer, network, self.inputs)
+            return explanation, *_baseline(self.explainer, network, self.inputs, explanation)
+        except (EmptyRegionError, AttributionError) as reason:
+            return str(reason)
+
+    def with_map(self, explained: _WithBaseline) -> Evidence:
+        """Return the evidence."""
+        explanation, score, error = explained
+        return Evidence(**vars(self), explanation=explanation, baseline_score=score, baseline_error=error)
+
+
+@dataclass(eq=False)
+class Evidence(Opened):
+    """One case, explained.
+
+    Args:
+        explanation: the map that is judged.
+        baseline_score: the score at the baseline.
+        baseline_error: what that may be off by.
+        per_case: what the tests found, by their id.
+    """
+
+    explanation: Explanation
+    baseline_score: float
+    baseline_error: float
+    per_case: dict[str, float] = field(default_factory=dict)
 
     @property
     def frozen(self) -> FrozenTarget:
@@ -137,39 +159,6 @@ class Evidence:
     def until(self, settings: GroundingSettings) -> float:
         """Return which share of the image is taken away in the end."""
         return max(settings.until * float(self.body.double().mean()), 1.01 / self.body.numel())
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """One case, asked and not explained yet; see :class:`Evidence`."""
-
-    case: GroundingCase
-    inputs: dict[str, Tensor]
-    explainer: Explainer
-    output: Tensor
-    grid: str
-    body: Tensor
-    region: Tensor | None
-
-    @property
-    def id(self) -> str:
-        return self.case.id
-
-    def explained(self, network: nn.Module) -> _WithBaseline | str:
-        """Return the map and the score at the baseline, or say why there is none."""
-        try:
-            explanation = explain_again(self.explainer, network, self.inputs)
-            return explanation, *_baseline(self.explainer, network, self.inputs, explanation)
-        except (EmptyRegionError, AttributionError) as reason:
-            return str(reason)
-
-    def with_map(self, explained: _WithBaseline) -> Evidence:
-        """Return the evidence."""
-        explanation, score, error = explained
-        return Evidence(
-            self.case, self.inputs, self.explainer, explanation, self.output, self.grid, self.body, self.region,
-            score, error,
-        )  # fmt: skip
 
 
 def open_case(
