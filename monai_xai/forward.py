@@ -23,6 +23,7 @@ from tqdm import tqdm
 from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.calls import EmbeddedInput
 from monai_xai.clock import Clock
+from monai_xai.convolutions import quicken
 from monai_xai.errors import AttributionError, XaiError
 from monai_xai.joined import Asking, JoinedGradients, JoinedScores
 from monai_xai.networks import evaluate, refuse_quantized
@@ -298,7 +299,8 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     """Explain inside this block, and find network and generators afterwards as they were before, bit for bit.
 
     Inside, the network is in evaluation mode, its parameters are constants, autograd is on, autocast and inference mode
-    are off, and compiled parts run as they were written. Afterwards every submodule has its own train or eval flag,
+    are off, compiled parts run as they were written, and small volumes are convolved by what is quickest
+    (:mod:`monai_xai.convolutions`). Afterwards every submodule has its own train or eval flag,
     hooks, attributes and buffers again, parameters their ``requires_grad``, and the generators of torch, NumPy and
     Python their state; also after an exception. ``.grad`` is never touched. A network that writes in its forward pass
     to its parameters, or into containers within containers, is beyond it.
@@ -307,6 +309,7 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
         stack.enter_context(preserved_generators())
         for module in network.modules():
             stack.callback(_Snapshot(module).restore)
+            quicken(module)
         parameters = list(network.parameters())
         for parameter in parameters:
             stack.callback(parameter.requires_grad_, parameter.requires_grad)

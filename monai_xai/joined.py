@@ -7,7 +7,6 @@ whichever window or perturbation they come from.
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -37,8 +36,6 @@ GRAPH = 32
 """How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
 
 _FEW = 3  # parts: up to here, calls alone are no more than a batch of them and two looks at it
-_SLOW_UP_TO = 20480  # channels times slices times rows of a volume alone, see Joined
-_CHANNELS = 8  # that a network has about, at least, where its features are as large as its input
 
 AHEAD = 3
 """How far computations that run side by side may be apart."""
@@ -59,10 +56,6 @@ class Joined(ABC, Generic[Result]):
     for rounding: that the parts of a batch do not influence each other is checked once, and where they do (batch
     statistics), or the network takes no batch of this size, each part is a call of its own.
 
-    A small volume is measured, and held against its batch, as a batch of itself twice, where that is quicker than
-    alone: PyTorch takes another convolution, several times as slow, for one volume of at most 20480 channels times
-    slices times rows.
-
     Args:
         memory_gib: what a batch may take; None: what is quickest on a CPU, a quarter of what is free on a GPU. A part
             that takes more goes alone.
@@ -72,8 +65,6 @@ class Joined(ABC, Generic[Result]):
         at_work: the trials that are in the network, also after an error in it.
     """
 
-    _has_no_graph: ClassVar[bool] = False
-    """Whether parts need little memory, so that volumes always go in pairs, which is quicker."""
     _on_cpu: ClassVar[float] = ON_CPU
     """GiB of a batch on a CPU, if nothing is said."""
     _measures_one: ClassVar[bool] = False
@@ -86,7 +77,6 @@ class Joined(ABC, Generic[Result]):
         self._size = 0
         self._bytes = 0.0
         self._is_checked = False
-        self._takes_two = True
         self._known: _Known[Result] | None = None
         self._batches = Batches()
 
@@ -121,16 +111,13 @@ class Joined(ABC, Generic[Result]):
         trial = waiting[0]
         with LiveTensors() as live:
             result = self._alone(trial)
-        copies = self._copies(trial)
-        needed = live.peak // copies + trial.nbytes
+        needed = live.peak + trial.nbytes
         self._bytes = self._room(trial, needed)
         self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
-        if self._has_no_graph and self._memory_gib is None and _is_slow_alone(trial):
-            self._size = max(self._size, 2)
-        if copies == 1 and (self._size == 1 or not trial.varies):
+        if self._size == 1 or not trial.varies:
             yield waiting.pop(0).key, result
-        elif self._size > copies:
-            self._known = _Known(trial, result, copies)
+        else:
+            self._known = _Known(trial, result)
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
         """Return how many bytes a batch may take, of which one part needs some."""
@@ -152,10 +139,7 @@ class Joined(ABC, Generic[Result]):
 
     def _one_by_one(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         known, self._known = self._known, None
-        return [
-            known.result if known and known.trial is trial and known.copies == 1 else self._call([trial])[0]
-            for trial in trials
-        ]
+        return [known.result if known and known.trial is trial else self._alone(trial) for trial in trials]
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.
@@ -199,27 +183,8 @@ class Joined(ABC, Generic[Result]):
         return [first, *itertools.islice(differing, 1)]
 
     def _alone(self, trial: Trial[Any]) -> Result:
-        """Return what a trial gives with nothing beside it but, maybe, itself."""
-        if self._copies(trial) == 2:
-            try:
-                return self._call([trial, trial])[0]
-            except Exception:
-                self._takes_two = False  # made for one at a time; an error that has another cause comes again
+        """Return what a trial gives with nothing beside it."""
         return self._call([trial])[0]
-
-    def _copies(self, trial: Trial[Any]) -> int:
-        """Return how often a trial is in a batch of its own: twice, if it is a volume for which that is quicker."""
-        is_small = self._memory_gib is None and 2 * GRAPH * trial.nbytes <= self._room(trial, 0)
-        is_quicker = is_small and _is_slow_alone(trial) and _rows(trial) <= _SLOW_UP_TO
-        # Of batches of two, a batch of two would not tell what depends on their size.
-        return 2 if self._takes_two and is_quicker and self._size != 2 else 1
-
-    def _filled(self, batch: Sequence[Trial[Any]]) -> Sequence[Trial[Any]]:
-        """Return a batch, with what is left over twice where that is quicker, once it is known to be no other."""
-        if len(batch) > 1 or not (self._is_checked and self._has_no_graph and self._takes_two):
-            return batch
-        is_quicker = self._size > 1 and _is_slow_alone(batch[0]) and _rows(batch[0]) <= 2 * _SLOW_UP_TO
-        return [batch[0]] * (2 if is_quicker else 1)
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""
@@ -230,7 +195,7 @@ class Joined(ABC, Generic[Result]):
             size = max(1, min(self._size, len(trials)))
             try:
                 batches = (trials[start : start + size] for start in range(0, len(trials), size))
-                return [r for batch in batches for r in self._call(self._filled(batch))[: len(batch)]]
+                return [r for batch in batches for r in self._call(batch)]
             except RuntimeError as error:
                 if size == 1 or not _is_out_of_memory(error):
                     raise
@@ -262,7 +227,6 @@ class Joined(ABC, Generic[Result]):
 class JoinedScores(Joined[Tensor]):
     """The scores of trials, each of shape (n,), without a graph."""
 
-    _has_no_graph = True
     _on_cpu = ON_CPU_WITHOUT_GRAPH
 
     def _ask(self, trials: Sequence[Trial[Any]]) -> list[Tensor]:
@@ -368,22 +332,10 @@ class JoinedGradients(Joined[Gradient]):
 
 @dataclass(frozen=True)
 class _Known(Generic[Result]):
-    """What a trial gives with nothing beside it but, if there are two copies, itself."""
+    """What a trial gives with nothing beside it."""
 
     trial: Trial[Any]
     result: Result
-    copies: int
-
-
-def _is_slow_alone(trial: Trial[Any]) -> bool:
-    """Tell whether PyTorch has a slower convolution for a trial than for two of them, wherever features are small."""
-    first = trial.like[0]
-    return first.ndim == 5 and len(first) == 1 and first.dtype == torch.float32 and first.device.type == "cpu"
-
-
-def _rows(trial: Trial[Any]) -> int:
-    """Return channels times slices times rows of its features where they are as large as its input."""
-    return _CHANNELS * math.prod(trial.like[0].shape[2:4])
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

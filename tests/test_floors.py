@@ -21,6 +21,7 @@ FLOORS = {
     "spelling": 0,
     "files": 0,
     "memory": 0,
+    "convolutions": 0,
     "clock": 0,
     "ranks": 0,
     "explanation": 0,

@@ -90,17 +90,12 @@ def test_a_network_that_sees_whole_inputs_gets_several_nodes_of_the_path_at_once
     )
 
 
-def plain(body: nn.Module) -> nn.Module:
-    """A network as it is."""
-    return body
-
-
 class BatchStatistics(nn.Module):
     """Centers on the mean of the whole batch: what a sample gives depends on its neighbors."""
 
-    def __init__(self, body: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.body = body or small_unet()
+        self.body = small_unet()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x - x.mean())
@@ -109,9 +104,9 @@ class BatchStatistics(nn.Module):
 class OneByOne(nn.Module):
     """Refuses batches."""
 
-    def __init__(self, body: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.body = body or small_unet()
+        self.body = small_unet()
 
     def forward(self, x: Tensor) -> Tensor:
         assert len(x) == 1
@@ -121,9 +116,9 @@ class OneByOne(nn.Module):
 class BatchMaximum(nn.Module):
     """Scales by the largest value of the whole batch."""
 
-    def __init__(self, body: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.body = body or small_unet()
+        self.body = small_unet()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x / (x.abs().amax() + 1))
@@ -166,27 +161,6 @@ def test_what_is_constant_shows_nothing_and_is_not_asked(empty, place):
     together = torch.cat([score for _, score in JoinedScores()(trials)])
     expected = torch.cat([term((part,)) for part in [*parts, *parts]])
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("wrap", [plain, BatchMaximum, BatchStatistics, OneByOne])
-def test_a_small_volume_is_measured_as_a_batch_of_itself_and_the_maps_stay_the_same(wrap):
-    """One volume alone takes PyTorch's slow convolution, where the network takes two."""
-    body = small_unet(3).float()
-    network, x = Rows(wrap(body), calls := [], traced=True), random_image(1, 2, 24, 24, 16).float()
-    target = RegionScore(1, Box((2, 2, 2), (20, 20, 14)))
-    inferer = SlidingWindowInferer((8, 8, 8), overlap=0.25)
-    joint, alone = (
-        Explainer(target, GradientShap(4), inferer, progress=False, tolerated_gap=9.0, memory_gib=memory)(
-            network, x
-        )
-        for memory in (None, 1e-6)
-    )
-    scale = float(alone.attributions["image"].abs().max())
-    torch.testing.assert_close(
-        joint.attributions["image"], alone.attributions["image"], rtol=0, atol=1e-4 * scale
-    )
-    assert calls[0] == 2
-    assert wrap is plain or set(calls[4:]) == {1}
 
 
 class ScoreAlone(torch.autograd.Function):

@@ -1,0 +1,132 @@
+"""Convolutions of one small volume, by the library that PyTorch leaves aside for them.
+
+On a CPU, PyTorch convolves with oneDNN, but not a volume that comes alone with at most 20480 channels times slices
+times rows and a kernel of at most 3 voxels (``use_mkldnn`` in ATen's Convolution.cpp): there it unfolds every
+neighborhood, which takes up to 16 times as long. Windows and volumes that are explained do come alone, so that most of
+the time of a network may go there. While it is explained, oneDNN convolves these as well, where the stride is 1 (with
+others there is little to gain): the same numbers but for rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+Triple = tuple[int, ...]
+
+_ONES = (1, 1, 1)
+_LEFT_ASIDE = 20480  # channels times slices times rows
+_LEAST_VOXELS = 512  # of fewer, unfolding is as quick
+
+
+def quicken(module: nn.Module) -> None:
+    """Let a module that convolves volumes do so by :func:`conv3d`, until its attributes are what they were before."""
+    if (
+        isinstance(module, nn.Conv3d)
+        and type(module)._conv_forward is nn.Conv3d._conv_forward
+        and module.padding_mode == "zeros"
+        and isinstance(module.padding, tuple)
+        and torch.backends.mkldnn.is_available()
+    ):
+        vars(module)["_conv_forward"] = MethodType(_convolve, module)
+
+
+def _convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv3d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Triple = _ONES,
+    padding: Triple = (0, 0, 0),
+    dilation: Triple = _ONES,
+    groups: int = 1,
+) -> Tensor:
+    """Return what ``torch.nn.functional.conv3d`` does, of one small volume by oneDNN.
+
+    It goes by that name wherever calls of torch are overridden (``torch.overrides``). Where something is to come back
+    to weights or bias, it calls PyTorch's own.
+
+    Args:
+        x: shape (N, C, *spatial).
+        weight: shape (out, C / groups, *kernel).
+        bias: shape (out,).
+        stride: in voxels, along each axis.
+        padding: in voxels, along each axis.
+        dilation: in voxels, along each axis.
+        groups: of channels that are convolved for themselves.
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if has_torch_function(tensors):
+        overridden: Tensor = handle_torch_function(
+            conv3d, tensors, x, weight, bias, stride, padding, dilation, groups
+        )
+        return overridden
+    are_constant = not any(parameter.requires_grad for parameter in tensors[1:])
+    if (
+        are_constant
+        and (stride, dilation, groups) == (_ONES, _ONES, 1)
+        and all(map(operator.lt, padding, weight.shape[2:]))
+        and _is_left_aside(x, weight)
+    ):
+        quick: Tensor = SmallConvolution.apply(x, weight, bias, padding)  # type: ignore[no-untyped-call]
+        return quick
+    return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_left_aside(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether PyTorch would unfold a volume although oneDNN is quicker."""
+    return (
+        x.ndim == 5
+        and len(x) == 1
+        and math.prod(x.shape[:4]) <= _LEFT_ASIDE
+        and math.prod(x.shape[2:]) >= _LEAST_VOXELS
+        and min(weight.shape[3:]) <= 3
+        and math.prod(weight.shape[2:]) > 1
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Triple) -> Tensor:
+    return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, _ONES, _ONES, 1)
+
+
+class SmallConvolution(torch.autograd.Function):
+    """A convolution of stride 1 by oneDNN, whose weights are constants.
+
+    What comes back to the input is a convolution as well, with the kernels turned around and their two axes of channels
+    exchanged.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Triple) -> Tensor:
+        return _run(x, weight, bias, padding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Triple], output: Tensor) -> None:
+        _, weight, _, ctx.padding = inputs
+        ctx.save_for_backward(weight)
+        ctx.save_for_forward(weight)
+
+    @staticmethod
+    def backward(ctx: Any, coming: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        margins = tuple(k - 1 - p for k, p in zip(weight.shape[2:], ctx.padding, strict=True))
+        turned = weight.transpose(0, 1).flip(2, 3, 4)
+        return SmallConvolution.apply(coming, turned, None, margins), None, None, None  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return _run(tangent, weight, None, ctx.padding)
