@@ -7,6 +7,7 @@ whichever window or perturbation they come from.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ Returned = TypeVar("Returned")
 Gradient = tuple[Tensor, Tensors]
 
 ON_CPU = 1 / 16
-"""GiB of a batch with its graph on a CPU, if nothing is said: larger ones fall out of its caches and are slower."""
+"""GiB that a batch with its graph is to fill on a CPU, if nothing is said: larger ones fall out of its caches."""
 ON_CPU_WITHOUT_GRAPH = 1 / 32
 """The same of a batch without a graph, whose memory is written over and over."""
 OF_GPU = 1 / 4
@@ -57,8 +58,8 @@ class Joined(ABC, Generic[Result]):
     statistics), or the network takes no batch of this size, each part is a call of its own.
 
     Args:
-        memory_gib: what a batch may take; None: what is quickest on a CPU, a quarter of what is free on a GPU. A part
-            that takes more goes alone.
+        memory_gib: what a batch may take; None: a quarter of what is free on a GPU; on a CPU as many parts as fill what
+            is quickest. A part that takes more goes alone.
 
     Attributes:
         evaluations: how many parts went through the network.
@@ -66,7 +67,7 @@ class Joined(ABC, Generic[Result]):
     """
 
     _on_cpu: ClassVar[float] = ON_CPU
-    """GiB of a batch on a CPU, if nothing is said."""
+    """GiB that a batch is to fill on a CPU, if nothing is said."""
     _measures_one: ClassVar[bool] = False
     """Whether a trial that comes alone is measured, for which no batch is made."""
 
@@ -113,14 +114,16 @@ class Joined(ABC, Generic[Result]):
             result = self._alone(trial)
         needed = live.peak + trial.nbytes
         self._bytes = self._room(trial, needed)
-        self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
+        is_limit = self._memory_gib is not None or trial.like[0].device.type == "cuda"
+        parts = self._bytes / needed
+        self._size = max(1, min(MOST_PARTS, math.floor(parts) if is_limit else math.ceil(parts)))
         if self._size == 1 or not trial.varies:
             yield waiting.pop(0).key, result
         else:
             self._known = _Known(trial, result)
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
-        """Return how many bytes a batch may take, of which one part needs some."""
+        """Return how many bytes a batch is to fill, of which one part needs some."""
         if self._memory_gib is not None:
             return self._memory_gib * GIB
         device = trial.like[0].device

@@ -121,10 +121,16 @@ class Windows(Padding):
 
     @cached_property
     def total_importance(self) -> Tensor:
-        """Sum of the importance weights of all windows, shape (1, 1, *padded)."""
-        total = torch.zeros((1, 1, *self._padded_shape), dtype=self.dtype, device=self.device)
-        for place in self.places:
-            total[everywhere(place)] += self.importance
+        """Sum of the importance weights of all windows, shape (1, 1, *padded).
+
+        Windows stand in rows, columns and layers: windows become a row, rows a layer, and layers the volume.
+        """
+        total = self.importance
+        for axis, length in reversed([*enumerate(self._padded_shape)]):
+            longer = total.new_zeros((*total.shape[: axis + 2], length, *total.shape[axis + 3 :]))
+            for start in sorted({place[axis].start for place in self.places}):
+                longer.narrow(axis + 2, start, self.size[axis]).add_(total)
+            total = longer
         return total
 
     def window_device(self, default: torch.device) -> torch.device:
@@ -301,7 +307,8 @@ def _bounds(touched: Tensor) -> list[tuple[int, int]]:
     """Return the first and the last touched voxel along each axis; none along the others if there is none."""
     bounds = []
     for axis in range(touched.ndim):
-        along = touched.movedim(axis, 0).reshape(touched.shape[axis], -1).any(1).nonzero()
+        others = [other for other in range(touched.ndim) if other != axis]
+        along = (touched.any(others) if others else touched).nonzero()
         bounds.append((int(along[0]), int(along[-1])) if len(along) else (0, -1))
     return bounds
 
