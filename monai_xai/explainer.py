@@ -61,9 +61,9 @@ class Explainer:
             an explainer says which other setting of the method closes the gap on this network and case, as measured,
             where one attribution takes less than half a minute.
         on_gap: "raise" makes an :class:`~monai_xai.AttributionError` of it. No map is ever rescaled to add up.
-        memory_gib: what a batch of windows or perturbed inputs may take; None: a quarter of what is free on a GPU; on a
-            CPU as many as fill what is quickest (64 MiB with a graph, 32 without). Results do not depend on it but for
-            rounding. Gradients of a window that takes more go through the network alone.
+        memory_gib: what a batch of windows or perturbed inputs may take. None: a quarter of what is free on a GPU; on a
+            CPU, as many as it takes to fill what is quickest, 64 MiB with a graph and 32 MiB without. Results do not
+            depend on it but for rounding. Gradients of a window that takes more go through the network alone.
         max_seconds: after which an explanation ends with the best it has, where the method can end early: path methods
             that are refined until they add up, and methods that draw samples. Its error is reported as ever (``delta``,
             ``standard_error``), and ``facts["ended_after"]`` says that it was cut. The time is that of one call, over

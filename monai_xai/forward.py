@@ -299,11 +299,11 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     """Explain inside this block, and find network and generators afterwards as they were before, bit for bit.
 
     Inside, the network is in evaluation mode, its parameters are constants, autograd is on, autocast and inference mode
-    are off, compiled parts run as they were written, and small volumes are convolved by what is quickest
-    (:mod:`monai_xai.convolutions`). Afterwards every submodule has its own train or eval flag,
-    hooks, attributes and buffers again, parameters their ``requires_grad``, and the generators of torch, NumPy and
-    Python their state; also after an exception. ``.grad`` is never touched. A network that writes in its forward pass
-    to its parameters, or into containers within containers, is beyond it.
+    are off, compiled parts run as they were written, and small volumes are convolved by oneDNN
+    (:mod:`monai_xai.convolutions`). Afterwards every submodule has its own train or eval flag, hooks, attributes and
+    buffers again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also
+    after an exception. ``.grad`` is never touched. A network that writes in its forward pass to its parameters, or into
+    containers within containers, is beyond it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())

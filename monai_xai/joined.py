@@ -26,15 +26,13 @@ Returned = TypeVar("Returned")
 Gradient = tuple[Tensor, Tensors]
 
 ON_CPU = 1 / 16
-"""GiB that a batch with its graph is to fill on a CPU, if nothing is said: larger ones fall out of its caches."""
+"""GiB that a batch with its graph is to fill on a CPU, if nothing is said: far larger ones fall out of its caches."""
 ON_CPU_WITHOUT_GRAPH = 1 / 32
 """The same of a batch without a graph, whose memory is written over and over."""
 OF_GPU = 1 / 4
 """Share of a GPU's free memory that a batch may take, if nothing is said."""
 MOST_PARTS = 64
 """Most parts of a batch: more do not make a call cheaper."""
-GRAPH = 32
-"""How many times its own bytes a part is taken to need in the network, where that is not measured yet."""
 
 _FEW = 3  # parts: up to here, calls alone are no more than a batch of them and two looks at it
 
@@ -58,8 +56,8 @@ class Joined(ABC, Generic[Result]):
     statistics), or the network takes no batch of this size, each part is a call of its own.
 
     Args:
-        memory_gib: what a batch may take; None: a quarter of what is free on a GPU; on a CPU as many parts as fill what
-            is quickest. A part that takes more goes alone.
+        memory_gib: what a batch may take. None: a quarter of what is free on a GPU; on a CPU, as many parts as it takes
+            to fill what is quickest. A part that takes more goes alone.
 
     Attributes:
         evaluations: how many parts went through the network.

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monai_xai.convolutions import SmallConvolution
+from monai_xai.convolutions import is_convolution
 from monai_xai.errors import UnsupportedNetworkError
 from monai_xai.networks import refuse_quantized, refuse_scripts
 from monai_xai.terms import Term, graph_nodes
@@ -378,7 +378,7 @@ def _refuse_function(node: Node) -> None:
     function = getattr(node, "_forward_cls", None)
     if function is torch.utils.checkpoint.CheckpointFunction:
         raise UnsupportedNetworkError(_CHECKPOINTED)
-    if function not in (None, _Passed, SmallConvolution):
+    if function not in (None, _Passed) and not is_convolution(function):
         raise UnsupportedNetworkError(
             f"The network calls {function.__name__}, a torch.autograd.Function with a backward pass of its own, which "
             "no rule reaches. Write it with functions of torch, or use IntegratedGradients()."

@@ -37,7 +37,7 @@ class StitchedNetwork(nn.Module):
 
     Forward is the inferer's own call, without a graph. Backward recomputes window by window and pulls the cotangent
     back through ``a_w / A``, so that memory stays within one window's graph, or that of as many small
-    ones as fit into a fixed room.
+    ones as fill a fixed room.
 
     Args:
         network: sees windows of every image, and every vector whole.

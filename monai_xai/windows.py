@@ -2,7 +2,7 @@
 
 A sliding-window prediction is ``S(p) = sum_w a_w(p) f(x_w)(p) / A(p)`` with windows ``w``, importance weights ``a_w``
 and ``A = sum_w a_w``. Two exact routes lead through it within the memory of one window's graph, or of as many small
-ones as fit into a fixed room (:mod:`monai_xai.joined`):
+ones as fill a fixed room (:mod:`monai_xai.joined`):
 
 - :class:`~monai_xai.stitching.StitchedNetwork` is that prediction as a differentiable module: forward as the inferer
   does it, backward window by window with recomputation. It serves every differentiable target.
@@ -121,16 +121,10 @@ class Windows(Padding):
 
     @cached_property
     def total_importance(self) -> Tensor:
-        """Sum of the importance weights of all windows, shape (1, 1, *padded).
-
-        Windows stand in rows, columns and layers: windows become a row, rows a layer, and layers the volume.
-        """
-        total = self.importance
-        for axis, length in reversed([*enumerate(self._padded_shape)]):
-            longer = total.new_zeros((*total.shape[: axis + 2], length, *total.shape[axis + 3 :]))
-            for start in sorted({place[axis].start for place in self.places}):
-                longer.narrow(axis + 2, start, self.size[axis]).add_(total)
-            total = longer
+        """Sum of the importance weights of all windows, shape (1, 1, *padded)."""
+        total = torch.zeros((1, 1, *self._padded_shape), dtype=self.dtype, device=self.device)
+        for place in self.places:
+            total[everywhere(place)] += self.importance
         return total
 
     def window_device(self, default: torch.device) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -112,7 +113,7 @@ def test_value_gradient_second_gradient_and_tangent_are_those_of_pytorch(name, b
         ((1, 8, 16, 16, 16), (8, 1, 3, 3, 3), {"groups": 8}),
     ],
 )
-def test_it_steps_in_where_pytorch_would_unfold_and_nowhere_else(shape, kernel, options):
+def test_it_steps_in_where_pytorch_would_unfold_and_never_where_it_has_onednn(shape, kernel, options):
     x, weight, _ = draw(shape, kernel)
     options = {"stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1, **options}
     assert is_quick(x, weight, None, *options.values()) == (selected(x, weight, **options) == "Slow3d")
@@ -131,6 +132,7 @@ def test_what_is_not_quicker_or_asks_for_more_is_left_to_pytorch(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)
         assert not is_quick(x, weight, bias)
+    assert torch.equal(conv3d(Subclass(x), weight, bias), torch.conv3d(x, weight, bias))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert conv3d(x, weight, bias).dtype == torch.bfloat16
     assert torch.equal(conv3d(x[..., :7], weight, bias), torch.conv3d(x[..., :7], weight, bias))
@@ -147,10 +149,13 @@ def test_a_network_is_quick_while_it_is_explained_and_as_it_was_before_and_after
         score = network(leaf)[:, 1].mean()
         passes = calls.quick
         (gradient,) = torch.autograd.grad(score, leaf)
-        copied = copy.deepcopy(network)
-        convolution = next(m for m in copied.modules() if isinstance(m, nn.Conv3d))
-        assert convolution._conv_forward.__self__ is convolution
-    assert calls.quick == 2 * passes > 20
+        for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            convolution = next(m for m in copied.modules() if isinstance(m, nn.Conv3d))
+            assert convolution._conv_forward.args[0] is convolution
+        with undisturbed(network):
+            pass
+        assert network(x).equal(network(x)) and calls.quick == 4 * passes
+    assert passes > 10
     with undisturbed(network.double()):
         leaf = x.double().requires_grad_()
         (exact,) = torch.autograd.grad(network(leaf)[:, 1].mean(), leaf)
@@ -161,6 +166,38 @@ def test_a_network_is_quick_while_it_is_explained_and_as_it_was_before_and_after
     with torch.no_grad(), Calls() as calls:
         assert torch.equal(network(x), before)
     assert not calls.quick
+
+
+@pytest.mark.parametrize("of", ["x", "weight", "both"])
+def test_results_lie_in_memory_as_those_of_pytorch(of):
+    x, weight, bias = draw((1, 4, 9, 8, 8), (6, 4, 3, 3, 3))
+    x = x.to(memory_format=torch.channels_last_3d) if of != "weight" else x
+    weight = weight.to(memory_format=torch.channels_last_3d) if of != "x" else weight
+    assert is_quick(x, weight, bias)
+    assert conv3d(x, weight, bias).is_contiguous()
+
+
+def test_tangents_of_weights_count_and_functions_may_be_mapped():
+    drawn = draw((1, 4, 9, 8, 8), (6, 4, 3, 3, 3))
+    tangents = tuple(x.cos() for x in drawn)
+    found = torch.func.jvp(conv3d, tuple(drawn), tangents)[1]
+    exact = torch.func.jvp(
+        torch.conv3d, tuple(x.double() for x in drawn), tuple(t.double() for t in tangents)
+    )[1]
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    several = torch.stack([drawn[0], 2 * drawn[0]])
+    mapped = torch.vmap(lambda x: conv3d(x, *drawn[1:]))(several)
+    torch.testing.assert_close(mapped, torch.stack([torch.conv3d(x, *drawn[1:]) for x in several]))
+
+
+class Subclass(Tensor):
+    """Another class of tensors, which may know functions of torch alone."""
+
+
+def circular(module: nn.Conv3d) -> nn.Conv3d:
+    """A convolution that its owner has changed by hand."""
+    module._conv_forward = lambda x, weight, bias: torch.conv3d(x.roll(1, 2), weight, bias, padding=1)
+    return module
 
 
 class OwnConvolution(nn.Conv3d):
@@ -177,8 +214,9 @@ class OwnConvolution(nn.Conv3d):
         nn.Conv3d(2, 2, 3, padding=1, padding_mode="reflect"),
         nn.Conv3d(2, 2, 3, padding="same"),
         nn.utils.parametrizations.weight_norm(nn.Conv3d(2, 2, 3, padding=1)),
+        circular(nn.Conv3d(2, 2, 3, padding=1)),
     ],
-    ids=["own", "reflected", "same", "weight norm"],
+    ids=["own", "reflected", "same", "weight norm", "changed by hand"],
 )
 def test_modules_of_other_kinds_give_what_they_gave(module):
     x = draw((1, 2, 9, 9, 9), (2, 2, 3, 3, 3))[0]
