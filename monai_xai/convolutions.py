@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-Triple = tuple[int, ...]
-
 _ONES = (1, 1, 1)
 _LEFT_ASIDE = 20480  # channels times slices times rows
 _LEAST_VOXELS = 512  # of fewer, unfolding is as quick
@@ -46,9 +44,9 @@ def conv3d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Triple = _ONES,
-    padding: Triple = (0, 0, 0),
-    dilation: Triple = _ONES,
+    stride: tuple[int, ...] = _ONES,
+    padding: tuple[int, ...] = (0, 0, 0),
+    dilation: tuple[int, ...] = _ONES,
     groups: int = 1,
 ) -> Tensor:
     """Return what ``torch.nn.functional.conv3d`` does, of one small volume by oneDNN.
@@ -105,7 +103,7 @@ def is_convolution(function: object) -> bool:
     return function is _SmallConvolution
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Triple) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
     return torch.mkldnn_convolution(x.contiguous(), weight.contiguous(), bias, padding, _ONES, _ONES, 1)
 
 
@@ -117,11 +115,13 @@ class _SmallConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Triple) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
         return _run(x, weight, bias, padding)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Triple], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, tuple[int, ...]], output: Tensor
+    ) -> None:
         x, weight, _, ctx.padding = inputs
         ctx.shape = output.shape
         ctx.save_for_backward(x, weight)
