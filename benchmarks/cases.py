@@ -42,7 +42,7 @@ def autograd(network: nn.Module, volume: Tensor, window: int) -> float:
         parameter.requires_grad_(False)
     output = sliding_window_inference(x, window, 1, network, overlap=0.5)
     (gradient,) = torch.autograd.grad(output[:, 1].mean(), x)
-    return float(gradient.square().sum())
+    return float(torch.linalg.vector_norm(gradient))
 
 
 def ours(network: nn.Module, volume: Tensor, window: int, end: Sequence[int] | None = None) -> float:
@@ -53,7 +53,7 @@ def ours(network: nn.Module, volume: Tensor, window: int, end: Sequence[int] | N
     )
     explanation = explainer(network, volume)
     assert isinstance(explanation, Explanation)
-    return float(explanation.attributions["image"].square().sum())
+    return float(torch.linalg.vector_norm(explanation.attributions["image"]))
 
 
 def stitched(network: nn.Module, volume: Tensor, window: int) -> float:
@@ -62,7 +62,7 @@ def stitched(network: nn.Module, volume: Tensor, window: int) -> float:
     explainer = Explainer(lambda o: o[:, 1].mean((1, 2, 3)), Saliency(), inferer, progress=False)
     explanation = explainer(network, volume)
     assert isinstance(explanation, Explanation)
-    return float(explanation.attributions["image"].square().sum())
+    return float(torch.linalg.vector_norm(explanation.attributions["image"]))
 
 
 def floor(network: nn.Module, volume: Tensor, window: int) -> float:
