@@ -330,8 +330,8 @@ def scaling() -> Iterator[Block]:
 def occlusion() -> Iterator[Block]:
     """Occlusion of 512 blocks of 16³ in 4 x 128³ through windows of 64³, beside Captum's over the whole inference.
 
-    Captum takes the difference of two scores of the whole volume, which costs digits in single precision; in double
-    precision, a test holds both equal to 1e-10.
+    Captum takes the difference of two scores of the whole volume, which costs digits in single precision: ours are held
+    against double precision as well.
     """
     yield _table(
         [
