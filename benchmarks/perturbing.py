@@ -353,14 +353,8 @@ def _table(rows: Sequence[Row]) -> Table:
         columns,
         [
             (
-                *(
-                    row.work,
-                    row.other,
-                    *row.seconds,
-                    row.speedup,
-                    f"{row.difference:.0e}",
-                    f"{row.rounding:.0e}",
-                ),
+                *(row.work, row.other, *row.seconds, row.speedup),
+                *(f"{row.difference:.0e}", f"{row.rounding:.0e}"),
                 *map(int, row.evaluations),
                 *(row.memory, row.floor),
             )

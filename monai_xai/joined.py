@@ -112,20 +112,20 @@ class Joined(ABC, Generic[Result]):
             result = self._alone(trial)
         needed = live.peak + trial.nbytes
         self._bytes = self._room(trial, needed)
-        is_limit = self._memory_gib is not None or trial.like[0].device.type == "cuda"
-        parts = self._bytes / needed
-        self._size = max(1, min(MOST_PARTS, math.floor(parts) if is_limit else math.ceil(parts)))
+        self._size = max(1, min(MOST_PARTS, int(self._bytes // needed)))
         if self._size == 1 or not trial.varies:
             yield waiting.pop(0).key, result
         else:
             self._known = _Known(trial, result)
 
     def _room(self, trial: Trial[Any], needed: int) -> float:
-        """Return how many bytes a batch is to fill, of which one part needs some."""
+        """Return how many bytes a batch may take, of which one part needs some."""
         if self._memory_gib is not None:
             return self._memory_gib * GIB
         device = trial.like[0].device
-        return OF_GPU * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else self._on_cpu * GIB
+        if device.type == "cuda":
+            return OF_GPU * torch.cuda.mem_get_info(device)[0]
+        return math.ceil(self._on_cpu * GIB / needed) * needed
 
     def _together(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return what trials give that fit together."""
@@ -139,8 +139,9 @@ class Joined(ABC, Generic[Result]):
         return self._one_by_one(trials) if few else self._together(trials)
 
     def _one_by_one(self, trials: Sequence[Trial[Any]]) -> list[Result]:
-        known, self._known = self._known, None
-        return [known.result if known and known.trial is trial else self._alone(trial) for trial in trials]
+        results = [self._alone(trial) for trial in trials]
+        self._known = None
+        return results
 
     def _checked(self, trials: Sequence[Trial[Any]]) -> list[Result]:
         """Return results, after a look whether what a part gives depends on what else is in its batch.
@@ -161,8 +162,7 @@ class Joined(ABC, Generic[Result]):
         probes = self._probes(trials)
         for number in probes:
             trial = trials[number]
-            known = self._known
-            alone = known.result if known and known.trial is trial else self._alone(trial)
+            alone = self._alone(trial)
             if not self._agree(alone, results[number]):
                 self._is_checked = True
                 self._distrust(trial, alone)
@@ -184,8 +184,9 @@ class Joined(ABC, Generic[Result]):
         return [first, *itertools.islice(differing, 1)]
 
     def _alone(self, trial: Trial[Any]) -> Result:
-        """Return what a trial gives with nothing beside it."""
-        return self._call([trial])[0]
+        """Return what a trial gives with nothing beside it, which may be known already."""
+        known = self._known
+        return known.result if known and known.trial is trial else self._call([trial])[0]
 
     def _distrust(self, trial: Trial[Any], result: Result) -> None:
         """Take note of a trial that gave something else in its batch than alone."""

@@ -38,7 +38,7 @@ class PerturbedScores(JoinedScores):
         return room
 
     def _distrust(self, trial: Trial[Any], result: Tensor) -> None:
-        again = self._alone(trial)
+        again = self._call([trial])[0]
         if not self._agree(result, again):
             raise UnsupportedNetworkError(
                 f"The network scores the same input {result.tolist()} and then {again.tolist()}: it keeps something "

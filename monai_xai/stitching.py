@@ -36,8 +36,8 @@ class StitchedNetwork(nn.Module):
     """A network seen through a sliding-window inferer, as one differentiable function of whole inputs.
 
     Forward is the inferer's own call, without a graph. Backward recomputes window by window and pulls the cotangent
-    back through ``a_w / A``, so that memory stays within one window's graph, or that of as many small
-    ones as fill a fixed room.
+    back through ``a_w / A``, so that memory stays within one window's graph, or that of as many small ones as fill a
+    fixed room.
 
     Args:
         network: sees windows of every image, and every vector whole.

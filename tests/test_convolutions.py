@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from contextlib import nullcontext
 
@@ -55,15 +56,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def draw(shape, kernel, dtype=torch.float32):
+def draw(shape, kernel):
+    """An input, weights and biases."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (shape, kernel, kernel[:1])
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    return [torch.randn(size, generator=generator) for size in (shape, kernel, kernel[:1])]
 
 
-def selected(
-    x: Tensor, weight: Tensor, stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1), groups=1
-) -> str:
+def selected(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> str:
     """What PyTorch itself would take."""
     return torch._C._select_conv_backend(
         x, weight, None, stride, padding, dilation, False, (0, 0, 0), groups, None
@@ -89,7 +88,7 @@ def test_value_gradient_second_gradient_and_tangent_are_those_of_pytorch(name, b
         coming = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape).requires_grad_()
         (first,) = torch.autograd.grad(y, x, coming, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), coming)
-        apply = lambda x: function(x, weight, bias, (1, 1, 1), padding)  # noqa: E731
+        apply = functools.partial(function, weight=weight, bias=bias, padding=padding)
         tangent = torch.func.jvp(apply, (x.detach(),), (x.detach().cos(),))[1]
         return y, first, second, tangent
 
@@ -251,7 +250,6 @@ def test_maps_in_single_precision_are_those_of_double(name, method, inferer):
         single = explainer(network, x)
     exact = explainer(network.double(), x.double())
     difference = single.attributions["image"].double() - exact.attributions["image"]
-    assert (
-        difference.norm() <= 0.01 * exact.attributions["image"].norm()
-    )  # where ReLU switches, voxels move far
+    # Where ReLU switches, rounding moves single voxels far.
+    assert difference.norm() <= 0.01 * exact.attributions["image"].norm()
     assert calls is None or calls.quick
