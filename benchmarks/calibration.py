@@ -259,7 +259,7 @@ def main() -> None:
     ]
     rows: list[Row] = []
     if chosen.only != "rates":
-        plans = {"2d": ((32, 32), 20 if chosen.quick else 30, 300, 8), "3d": ((20, 20, 20), 20, 250, 6)}
+        plans = {"2d": ((32, 32), 20 if chosen.quick else 30, 300, 8), "3d": ((20, 20, 20), 30, 250, 6)}
         parts = [chosen.only] if chosen.only else ["2d"] if chosen.quick else list(plans)
         for seed, part in itertools.product(chosen.seeds, parts):
             shape, n, steps, width = plans[part]

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from monai_xai.attributors import Attribution, Attributor
 from monai_xai.grounding import GroundingCase, GroundingSettings, GroundingTest, ground
 from monai_xai.grounding.drafts import Cohort, Draft, settle
 from monai_xai.grounding.evidence import Evidence, _rolled, open_case
-from monai_xai.grounding.of_finding import _on_confounders, reached
+from monai_xai.grounding.of_shortcuts import _moved, _neighbors, _on_confounders, reached
 from monai_xai.grounding.places import BODY as BODY_REST
 from monai_xai.grounding.places import FINDING, OUTSIDE, name_places, shares_of_places
 from monai_xai.grounding.procedure import ORDER, decide
@@ -72,6 +73,7 @@ BODY = disk(11.5, 11.5, 10.5)
 TAG = disk(1, 1, 1.5)
 PARTNER = disk(11, 11, 2.5)
 USES_LESION, USES_TAG = (Reader(BODY), Reader(BODY, seed=1)), (Reader(TAG), Reader(TAG, seed=1))
+USES_BOTH = Reader(BODY | TAG), Reader(BODY | TAG, seed=1)
 
 
 def make_cases(n=N, *, partner=False, channels=1):
@@ -231,6 +233,81 @@ def test_a_network_that_uses_the_tag_is_off_target_and_the_place_is_named():
     assert found.test("T9").status == "FAIL"
     assert found.test("T10").status == "FAIL"
     assert found.test("T10").value > 0.9
+
+
+@dataclass(frozen=True)
+class Spilling(Attributor):
+    """The true map, with a share of its evidence in the air, another one for each case."""
+
+    summable: ClassVar[bool] = True
+    shares: tuple[float, ...]
+
+    def attribute(self, scoring):
+        found, image = COMPLETE["attributor"].attribute(scoring), scoring.inputs["image"]
+        share = self.shares[min(range(N), key=lambda i: float((CASES[i].inputs - image).abs().sum()))]
+        values = found.maps["image"] * BODY
+        spilt = share / (1 - share) * values.clamp(min=0).sum() / AIR.sum() * AIR
+        return replace(found, maps={"image": values + spilt})
+
+
+AIR = ~BODY & (torch.rand((SIZE, SIZE), generator=torch.Generator().manual_seed(3)) < 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "networks", "status", "says"),
+    [
+        ((0.01,) * N, USES_LESION, "PASS", ""),
+        ((0.0, 0.3) * (N // 2), USES_LESION, "PASS", "the map overstates it"),  # 15 %, and perhaps below 10 %
+        ((0.3,) * N, USES_LESION, "INCONCLUSIVE", "the map overstates it"),
+        ((0.3,) * N, USES_BOTH, "FAIL", "Check for a shortcut"),
+        ((0.0, 0.3) * (N // 2), USES_BOTH, "INCONCLUSIVE", "Check for a shortcut"),
+    ],
+    ids=["little", "uncertain", "loose", "shortcut", "uncertain shortcut"],
+)
+def test_a_map_with_much_outside_is_weighed_by_what_the_network_does(shares, networks, status, says):
+    found = judge(networks, Spilling(shares), settings=COMPLETE["settings"]).test("T10")
+    assert (found.status, found.value) == (status, pytest.approx(np.mean(shares), rel=1e-6))
+    assert says in found.message
+    told = re.search(r"moves the score by ([\d.]+)%", found.message)
+    assert (told is not None) == bool(says)
+    if told:
+        images = torch.cat([case.inputs for case in CASES])
+        even = torch.where(BODY, images, images[..., ~BODY].mean(-1)[..., None, None])
+        with torch.no_grad():
+            clean, without, gone = (networks[0](x)[:, 1] for x in (images, even, torch.zeros_like(images)))
+        moved = (clean - without).abs().mean() / (clean - gone).abs().mean()
+        assert float(told[1]) == pytest.approx(100 * float(moved), abs=0.06)
+
+
+def test_what_lies_outside_is_made_even_or_exchanged_and_the_larger_effect_counts():
+    """A network that sums up the air sees nothing of its being made even, and one that takes squares sees both."""
+
+    class Air(nn.Module):
+        def forward(self, x):
+            return (x * ~BODY).flatten(1).sum(1, keepdim=True)
+
+    class SquaredAir(nn.Module):
+        def forward(self, x):
+            return (x * ~BODY).square().flatten(1).sum(1, keepdim=True)
+
+    images = torch.rand((4, 1, SIZE, SIZE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images *= torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None, None]
+    for network in (Air(), SquaredAir()):
+        explainer = Explainer(OutputScore(0), COMPLETE["attributor"], progress=False)
+        opened = [
+            open_case(explainer, network, GroundingCase(f"{i}", x[None]), None, BODY)
+            for i, x in enumerate(images)
+        ]
+        cases = [one.with_map(one.explained(network)) for one in opened]
+        assert _neighbors(cases, 1) == [cases[2], cases[3], cases[0]]
+        air = images[..., ~BODY]
+        score = network(images)[:, 0]
+        exchanged = (score[1] - score[[2, 3, 0]]).abs().mean()
+        even = air[1].mean().expand_as(air[1])
+        removed = (score[1] - (even.sum() if isinstance(network, Air) else even.square().sum())).abs()
+        expected = float(max(removed, exchanged))
+        assert _moved(cases[1], network, _neighbors(cases, 1)) == pytest.approx(expected, rel=1e-9)
+        assert _moved(cases[1], network, []) == pytest.approx(float(removed), abs=1e-9)
 
 
 def test_a_network_that_uses_the_tag_is_off_target_and_the_structure_is_named():

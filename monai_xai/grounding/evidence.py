@@ -228,6 +228,14 @@ def _baseline(
     return float(score[0]), float(rounding(explanation.score, score.to(explanation.score))[0])
 
 
+def plain_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask on the CPU, bool, without axes of one that the other tensor does not have."""
+    plain = torch.as_tensor(mask).cpu()
+    while plain.ndim > like.ndim and plain.shape[0] == 1:
+        plain = plain[0]
+    return plain > 0
+
+
 # ---------------------------------------------------------------------------------------------- similarity
 
 

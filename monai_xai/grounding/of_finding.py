@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from monai_xai.baselines import Auto, BaselineLike, Blur, Noise
 from monai_xai.cohorts import ModalityCohort
-from monai_xai.errors import InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
-from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known
+from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known, plain_mask
 from monai_xai.grounding.words import GroundingSettings
-from monai_xai.metrics.base import grown
 from monai_xai.metrics.faithfulness import necessity_and_sufficiency
 from monai_xai.metrics.localization import (
     average_precision,
@@ -33,7 +31,6 @@ from monai_xai.statistics import (
     benjamini_hochberg,
     cohort_p,
     exchange_test,
-    holm,
     icc21,
     interval,
     rank_sum_test,
@@ -47,12 +44,11 @@ T7, T8 = (
     "In the finding more than at any other place",
     "In this patient's finding more than in those of others",
 )
-T9, T10 = "The network uses the finding (no map needed)", "No evidence outside of the body or on a confounder"
+T9 = "The network uses the finding (no map needed)"
 T11, T12 = "Maps of right predictions lie better", "Another scan or network tells the same story"
 T13 = "The map credits the modalities that the network uses"
 REGIONS = "masks of the finding: regions={case id: mask}"
 OTHERS = "masks of other patients on the same grid: other_masks=[...]"
-_TOP = 0.1  # of the voxels, held against confounders
 _RESIDUAL = 1e-3  # of the change of the score, that Shapley values may miss
 
 
@@ -69,8 +65,8 @@ def judge_location(cohort: Cohort, others: Sequence[Tensor]) -> list[Draft]:
         both = (("T7", T7), ("T8", T8))
         return [unavailable(t, name, "Q2", why, supply=REGIONS, status="INCONCLUSIVE") for t, name in both]
     shifted, swapped, rows = {}, {}, []
-    pool = [_of_other(e.region, e.region[0, 0]) for e in cases if e.region is not None]
-    pool += [_of_other(mask, pool[0]) for mask in others]
+    pool = [plain_mask(e.region, e.region[0, 0]) for e in cases if e.region is not None]
+    pool += [plain_mask(mask, pool[0]) for mask in others]
     for i, e in enumerate(cases):
         values, region, body = e.located()[0, 0], pool[i], e.body[0, 0]
         shifted[e.id] = shift_null(
@@ -106,13 +102,6 @@ def _density(values: Tensor, region: Tensor, body: Tensor) -> float:
 
 def _with_message(draft: Draft, more: str) -> Draft:
     return Draft(draft.test, draft.found + more, draft.missed + more, draft.supply, draft.settled)
-
-
-def _of_other(mask: Tensor, like: Tensor) -> Tensor:
-    plain = torch.as_tensor(mask).cpu()
-    while plain.ndim > like.ndim and plain.shape[0] == 1:
-        plain = plain[0]
-    return plain > 0
 
 
 def _location(
@@ -239,104 +228,6 @@ def _concordance(per_case: Mapping[str, float], cases: Sequence[Evidence]) -> st
         return ""
     rank = float(spearmanr(known[:, 0], known[:, 1]).statistic)
     return f"Over cases, share of the map and effect go together by {rank:+.2f} (rank correlation)."
-
-
-def judge_shortcuts(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> Draft:
-    """T10: how much of the map lies outside of the body, and whether it points at confounders."""
-    settings = cohort.settings
-    outside = {e.id: _outside(e) for e in cohort.cases}
-    attributor = cohort.cases[0].explainer.attributor
-    counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
-    on = _on_confounders(cohort, confounders)
-    found = [name for name, p in on.items() if p < settings.alpha]
-    share = mean_of_known(list(outside.values()))
-    test = measured(
-        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
-        f"{settings.alpha:g}", origin=CHOICE,
-    )  # fmt: skip
-    if math.isnan(share) and not on:
-        why = "The body fills the image, and no confounders were given."
-        return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
-    sentence = (
-        "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
-    )
-    sentence = (sentence + " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())).strip()
-    too_much = counts and share > settings.outside
-    certain = not test.interval[0] <= settings.outside
-    if found:
-        missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
-        return Draft(test, missed=missed, settled="FAIL")
-    if too_much:
-        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
-        missed = f"{sentence} Check for a shortcut."
-        return Draft(said(test, missed), missed=missed, settled=status)  # type: ignore[arg-type]
-    if not counts and not on:
-        why = f"Reported only, since gradients are not zero in air. {sentence}"
-        return Draft(
-            said(test, why),
-            settled="NA",
-            supply="masks of possible confounders: confounders={name: {id: mask}}",
-        )
-    return Draft(test, sentence, settled="PASS")
-
-
-def _outside(e: Evidence) -> float:
-    values, near = e.located().clamp(min=0), reached(e)
-    total = float(values.sum())
-    return float(values[~near].sum()) / total if total and not near.all() else math.nan
-
-
-def reached(e: Evidence) -> Tensor:
-    """Return the body with all voxels that share a feature or window with it: a painted map is no finer than these."""
-    attributor, body = e.explainer.attributor, e.body
-    window = getattr(attributor, "window", None)
-    if isinstance(window, Sequence) and window and isinstance(window[0], Sequence):  # one for each input
-        window = window[list(e.inputs).index(e.grid)]
-    if isinstance(window, Sequence) and len(window) == body.ndim - 1:
-        body = grown(body, [int(size) - 1 for size in window[1:]])
-    features = e.explanation.features  # as they lie on this case
-    if attributor.paints and features is not None:
-        numbers = features.mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
-        body = torch.isin(numbers, numbers[body.expand_as(numbers)].unique()).any(1, keepdim=True)
-    return body
-
-
-def _peak(cohort: Cohort) -> str:
-    """Say where the evidence outside of the body is highest, on average."""
-    parts = [(e.located().clamp(min=0) * ~reached(e))[0, 0] for e in cohort.cases]
-    if len({part.shape for part in parts}) != 1 or not any(part.any() for part in parts):
-        return ""
-    total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
-    place = np.unravel_index(int(total.argmax()), total.shape)
-    return f", most of it around voxel {tuple(int(i) for i in place)}"
-
-
-def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return for each confounder the p-value of the highest voxels covering it more than any other place.
-
-    A confounder in the body is held against places in the body: in the air, where maps hold nothing, anything wins.
-    """
-    found = {}
-    for name, masks in confounders.items():
-        tests = []
-        for e in cohort.cases:
-            if e.id not in masks:
-                continue
-            values = e.located()[0, 0]
-            mask = _of_other(masks[e.id], values)
-            if mask.shape != values.shape:
-                raise InputError(
-                    f"Case {e.id}: the mask of {name!r} has shape {tuple(mask.shape)}, the image {tuple(values.shape)}."
-                )
-            body, share = e.body[0, 0], cohort.settings.inside
-            is_inside = int((mask & body).sum()) >= share * int(mask.sum())
-            among = body if is_inside else torch.ones_like(body)
-            lowest = values[among].topk(max(1, round(_TOP * int(among.sum())))).values[-1]
-            top = ((values >= lowest) & (values > 0) & among).double()
-            tests.append(shift_null(top, mask, among, inside=share, min_places=cohort.settings.min_places))
-        found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]
-    known = {name: p for name, p in found.items() if not math.isnan(p)}
-    return dict(zip(known, holm(list(known.values())), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ reported

@@ -1,0 +1,199 @@
+"""Shortcuts: does the map, or the network, look outside of the body, or at something that gives the answer away?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from monai_xai.baselines import Mean
+from monai_xai.errors import AttributionError, InputError
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
+from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
+from monai_xai.grounding.words import GroundingTest, Status
+from monai_xai.metrics.base import grown
+from monai_xai.metrics.questions import ask
+from monai_xai.regions import Mask
+from monai_xai.statistics import cohort_p, holm, interval, shift_null
+from monai_xai.terms import Tensors
+
+T10 = "No evidence outside of the body or on a confounder"
+_TOP = 0.1  # of the voxels, held against confounders
+_EXCHANGES = 4  # other cases, whose outside takes the place of that of a case
+
+
+def judge_shortcuts(
+    cohort: Cohort, network: nn.Module, confounders: Mapping[str, Mapping[str, Tensor]]
+) -> Draft:
+    """T10: how much of the map lies outside of the body, and whether it points at confounders.
+
+    Where too much lies outside, the network is asked whether it looks there.
+    """
+    settings = cohort.settings
+    outside = {e.id: _outside(e) for e in cohort.cases}
+    attributor = cohort.cases[0].explainer.attributor
+    counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
+    on = _on_confounders(cohort, confounders)
+    found = [name for name, p in on.items() if p < settings.alpha]
+    share = mean_of_known(list(outside.values()))
+    test = measured(
+        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}, or what lies there moves "
+        f"the score by no more; confounders p >= {settings.alpha:g}", origin=CHOICE,
+    )  # fmt: skip
+    if math.isnan(share) and not on:
+        why = "The body fills the image, and no confounders were given."
+        return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
+    sentence = (
+        "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
+    )
+    sentence = (sentence + " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())).strip()
+    if found:
+        missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
+        return Draft(test, missed=missed, settled="FAIL")
+    if counts and share > settings.outside:
+        return _weigh_outside(cohort, network, test, sentence)
+    if not counts and not on:
+        why = f"Reported only, since gradients are not zero in air. {sentence}"
+        return Draft(
+            said(test, why),
+            settled="NA",
+            supply="masks of possible confounders: confounders={name: {id: mask}}",
+        )
+    return Draft(test, sentence, settled="PASS")
+
+
+# --------------------------------------------------------------------------------------------- the network
+
+
+def _weigh_outside(cohort: Cohort, network: nn.Module, test: GroundingTest, sentence: str) -> Draft:
+    """Return T10 of a map that has too much outside of the body: the network looks there, or the map overstates it."""
+    settings = cohort.settings
+    neighbors = {e.id: _neighbors(cohort.cases, number) for number, e in enumerate(cohort.cases)}
+    moved = cohort.each(lambda e: _moved(e, network, neighbors[e.id]), "what lies outside of the body")
+    lost = mean_of_known([abs(e.score - e.baseline_score) for e in cohort.cases])
+    shares = np.array([value / lost for value in moved.values() if lost and not math.isnan(value)])
+    low, high = interval(shares, settings.seed)
+    if len(shares):
+        sentence += (
+            f" What lies there, when changed, moves the score by {shares.mean():.1%} of what it loses at the baseline "
+            f"({low:.1%} to {high:.1%})."
+        )
+    certain = not test.interval[0] <= settings.outside
+    if high <= settings.outside:
+        status: Status = "INCONCLUSIVE" if certain else "PASS"
+        advice = "The network hardly looks there: the map overstates it."
+    else:
+        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
+        advice = "Check for a shortcut."
+    return Draft(said(test, f"{sentence} {advice}"), settled=status)
+
+
+def _neighbors(cases: Sequence[Evidence], number: int) -> list[Evidence]:
+    """Return the next cases with images of the same shapes."""
+
+    def shapes(e: Evidence) -> list[torch.Size]:
+        return [x.shape for x in e.inputs.values()]
+
+    following = [cases[(number + step) % len(cases)] for step in range(1, len(cases))]
+    return [e for e in following if shapes(e) == shapes(cases[number])][:_EXCHANGES]
+
+
+def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> float:
+    """Return how far the score moves when what lies outside of the body is changed, which needs no map.
+
+    It is made even, which takes away what lies in one place; or exchanged for that of other cases, which also changes
+    what it is like as a whole. The larger counts; NaN where a score cannot be had.
+    """
+    try:
+        with ask(e.explainer, network, e.inputs) as asked:
+            inputs, scoring = asked.scoring.inputs, asked.scoring
+            even = {name: Mean(Mask(~e.body)).draws(x)[0] for name, x in inputs.items() if _on_grid(e, x)}
+            clean = float(scoring.score()[0])
+
+            def moved(given: Mapping[str, Tensor], where: Tensor) -> float:
+                return abs(float(scoring.score(_with_outside(e, inputs, given, where))[0]) - clean)
+
+            removed = moved(even, ~e.body)
+            exchanged = [moved(other.inputs, ~(e.body | other.body)) for other in neighbors]
+    except AttributionError:
+        return math.nan
+    return max(removed, mean_of_known(exchanged)) if exchanged else removed
+
+
+def _on_grid(e: Evidence, x: Tensor) -> bool:
+    return x.ndim > 2 and x.shape[2:] == e.body.shape[2:]
+
+
+def _with_outside(
+    e: Evidence, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Tensor
+) -> Tensors:
+    """Return inputs in call order with other values there, in all images on the grid of the body."""
+    return tuple(
+        torch.where(where.to(x.device), given[name].to(x), x) if _on_grid(e, x) else x
+        for name, x in inputs.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the map
+
+
+def _outside(e: Evidence) -> float:
+    values, near = e.located().clamp(min=0), reached(e)
+    total = float(values.sum())
+    return float(values[~near].sum()) / total if total and not near.all() else math.nan
+
+
+def reached(e: Evidence) -> Tensor:
+    """Return the body with all voxels that share a feature or window with it: a painted map is no finer than these."""
+    attributor, body = e.explainer.attributor, e.body
+    window = getattr(attributor, "window", None)
+    if isinstance(window, Sequence) and window and isinstance(window[0], Sequence):  # one for each input
+        window = window[list(e.inputs).index(e.grid)]
+    if isinstance(window, Sequence) and len(window) == body.ndim - 1:
+        body = grown(body, [int(size) - 1 for size in window[1:]])
+    features = e.explanation.features  # as they lie on this case
+    if attributor.paints and features is not None:
+        numbers = features.mask(e.inputs[e.grid], e.grid).cpu().expand(1, -1, *body.shape[2:])
+        body = torch.isin(numbers, numbers[body.expand_as(numbers)].unique()).any(1, keepdim=True)
+    return body
+
+
+def _peak(cohort: Cohort) -> str:
+    """Say where the evidence outside of the body is highest, on average."""
+    parts = [(e.located().clamp(min=0) * ~reached(e))[0, 0] for e in cohort.cases]
+    if len({part.shape for part in parts}) != 1 or not any(part.any() for part in parts):
+        return ""
+    total = torch.stack([part / part.sum().clamp(min=1e-300) for part in parts]).mean(0)
+    place = np.unravel_index(int(total.argmax()), total.shape)
+    return f", most of it around voxel {tuple(int(i) for i in place)}"
+
+
+def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return for each confounder the p-value of the highest voxels covering it more than any other place.
+
+    A confounder in the body is held against places in the body: in the air, where maps hold nothing, anything wins.
+    """
+    found = {}
+    for name, masks in confounders.items():
+        tests = []
+        for e in cohort.cases:
+            if e.id not in masks:
+                continue
+            values = e.located()[0, 0]
+            mask = plain_mask(masks[e.id], values)
+            if mask.shape != values.shape:
+                raise InputError(
+                    f"Case {e.id}: the mask of {name!r} has shape {tuple(mask.shape)}, the image {tuple(values.shape)}."
+                )
+            body, share = e.body[0, 0], cohort.settings.inside
+            is_inside = int((mask & body).sum()) >= share * int(mask.sum())
+            among = body if is_inside else torch.ones_like(body)
+            lowest = values[among].topk(max(1, round(_TOP * int(among.sum())))).values[-1]
+            top = ((values >= lowest) & (values > 0) & among).double()
+            tests.append(shift_null(top, mask, among, inside=share, min_places=cohort.settings.min_places))
+        found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]
+    known = {name: p for name, p in found.items() if not math.isnan(p)}
+    return dict(zip(known, holm(list(known.values())), strict=True))
