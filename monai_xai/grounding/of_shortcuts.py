@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_xai.baselines import Mean
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
 from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
 from monai_xai.grounding.words import GroundingTest, Status
 from monai_xai.metrics.base import grown
 from monai_xai.metrics.questions import ask
-from monai_xai.regions import Mask
 from monai_xai.statistics import cohort_p, holm, interval, shift_null
 from monai_xai.terms import Tensors
 
@@ -104,13 +102,13 @@ def _neighbors(cases: Sequence[Evidence], number: int) -> list[Evidence]:
 def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> float:
     """Return how far the score moves when what lies outside of the body is changed, which needs no map.
 
-    It is made even, which takes away what lies in one place; or exchanged for that of other cases, which also changes
-    what it is like as a whole. The larger counts; NaN where a score cannot be had.
+    It is made even, as most of it is, which takes away what lies in one place; or exchanged for that of other cases,
+    which also changes what it is like as a whole. The larger counts; NaN where a score cannot be had.
     """
     try:
         with ask(e.explainer, network, e.inputs) as asked:
             inputs, scoring = asked.scoring.inputs, asked.scoring
-            even = {name: Mean(Mask(~e.body)).draws(x)[0] for name, x in inputs.items() if _on_grid(e, x)}
+            even = {name: _median(x, ~e.body) for name, x in inputs.items() if _on_grid(e, x)}
             clean = float(scoring.score()[0])
 
             def moved(given: Mapping[str, Tensor], where: Tensor) -> float:
@@ -121,6 +119,12 @@ def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> fl
     except AttributionError:
         return math.nan
     return max(removed, mean_of_known(exchanged)) if exchanged else removed
+
+
+def _median(x: Tensor, where: Tensor) -> Tensor:
+    """Return the median of each channel there, which few voxels do not move, as an image."""
+    medians = x[..., where[0, 0].to(x.device)].median(-1).values
+    return medians[(..., *[None] * (x.ndim - 2))].expand_as(x)
 
 
 def _on_grid(e: Evidence, x: Tensor) -> bool:
