@@ -22,7 +22,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from benchmarks.chance import pages
-from benchmarks.phantoms import Classifier, Phantoms, make_phantoms, train
+from benchmarks.phantoms import Classifier, Phantoms, effects, make_phantoms, train
 from monai_xai import Blur, ClassScore, Explainer, IntegratedGradients, Occlusion
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.forward import Scoring
@@ -134,6 +134,7 @@ class Row:
     grounding: Grounding
     seconds: float
     seed: int
+    effects: dict[str, float]
 
     @property
     def is_right(self) -> bool:
@@ -149,11 +150,12 @@ def judge(
             train(shape, by_tag=uses == "tag", seed=seed + i, steps=steps, width=width) for i in (0, 1)
         )
         data = make_phantoms(n, shape, tag="class" if uses == "tag" else "random", seed=5 + seed)
+        moved = effects(network, data)
         for name, (attributor, is_true) in methods(len(shape), width).items():
             expected = TRUE_VERDICT[uses] if is_true else "ARTIFACT"
             start = time.perf_counter()
             found = judge_one(attributor, network, second, data, settings)
-            yield Row(shape, uses, name, expected, found, time.perf_counter() - start, seed)
+            yield Row(shape, uses, name, expected, found, time.perf_counter() - start, seed, moved)
 
 
 def judge_one(
@@ -201,6 +203,19 @@ def verdict_table(rows: list[Row]) -> list[str]:
     wrong = [row for row in rows if not row.is_right]
     lines += ["", *(f"- Wrong: {row.method}, {row.shape}, network of the {row.uses}, seed {row.seed}: "
                     f"{row.grounding.verdict}. {row.grounding.sentence}" for row in wrong)]  # fmt: skip
+    return lines
+
+
+def truth_table(rows: list[Row]) -> list[str]:
+    """Return what each network uses, as found by taking it away."""
+    lines = [
+        "| image | trained to use | seed | accuracy | effect of the lesion | of the tag |",
+        "|---" * 6 + "|",
+    ]
+    networks = {(row.shape, row.uses, row.seed): row.effects for row in rows}
+    for (shape, uses, seed), moved in sorted(networks.items()):
+        cells = "x".join(map(str, shape)), uses, str(seed), f"{moved['accuracy']:.2f}"
+        lines.append(f"| {' | '.join(cells)} | {moved['lesion']:.2f} | {moved['tag']:.2f} |")
     return lines
 
 
@@ -259,7 +274,7 @@ def main() -> None:
     ]
     rows: list[Row] = []
     if chosen.only != "rates":
-        plans = {"2d": ((32, 32), 20 if chosen.quick else 30, 300, 8), "3d": ((20, 20, 20), 30, 250, 6)}
+        plans = {"2d": ((32, 32), 20 if chosen.quick else 30, 300, 8), "3d": ((20, 20, 20), 30, 400, 6)}
         parts = [chosen.only] if chosen.only else ["2d"] if chosen.quick else list(plans)
         for seed, part in itertools.product(chosen.seeds, parts):
             shape, n, steps, width = plans[part]
@@ -273,6 +288,14 @@ def main() -> None:
                 )
         right = sum(row.is_right for row in rows)
         lines += ["## Verdicts", "", f"{right} of {len(rows)} right.", "", *verdict_table(rows), ""]
+        lines += [
+            "## What the networks use",
+            "",
+            "How far the difference of the logits moves when the lesion, or the tag, is taken away; means over cases.",
+            "",
+            *truth_table(rows),
+            "",
+        ]
     if chosen.only in (None, "rates"):
         found = pages(quick=chosen.quick, seed=chosen.seeds[0])
         print("\n".join(found), flush=True)

@@ -8,6 +8,7 @@ not matter how it was written.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,6 +209,9 @@ class Operation:
         return f"{self.name}{f' in {self.place!r}' if self.place else ''}"
 
 
+_CALL = nn.Module._call_impl.__code__
+
+
 class Watch(TorchFunctionMode):
     """While entered, every call whose arguments depend on the input goes through :meth:`handle`.
 
@@ -223,12 +227,17 @@ class Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: list[str] = []
+        self.names: Mapping[nn.Module, str] = {}
 
     @property
     def place(self) -> str:
-        """Dotted name of the module that is running."""
-        return self.places[-1] if self.places else ""
+        """Dotted name of the module that is running, read off the stack: hooks would cost more than small calls do."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is _CALL and (name := self.names.get(frame.f_locals["self"])) is not None:
+                return name
+            frame = frame.f_back
+        return ""
 
     @abstractmethod
     def handle(self, operation: Operation) -> Any:
@@ -391,33 +400,21 @@ def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
 
     Composite activations of MONAI (x * sigmoid(x), x * tanh(softplus(x))) become calls of one function.
     """
-    handles: list[Any] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda module, arguments: watch.places.append(name)
-
-    def leave(module: nn.Module, arguments: object, output: object) -> None:
-        watch.places.pop()
-
     composites = {
         module: composite
         for module in network.modules()
         if (composite := _COMPOSITES.get(type(module))) and "forward" not in vars(module)
     }
+    watch.names = {module: name for name, module in network.named_modules()}
     try:
-        for name, module in network.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
         for module, composite in composites.items():
             module.forward = composite(module)
         with watch:
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in composites:
             del module.forward
-        watch.places.clear()
+        watch.names = {}
 
 
 def _swish(module: Swish) -> Callable[[Tensor], Tensor]:

@@ -45,13 +45,16 @@ class NullTest(NamedTuple):
     reason: str = ""
 
 
-def interval(values: Numbers, seed: int = 0, error: float = 0.0) -> tuple[float, float]:
+def interval(
+    values: Numbers, seed: int = 0, error: float = 0.0, weights: Numbers | None = None
+) -> tuple[float, float]:
     """Return the 95 % bias-corrected and accelerated bootstrap interval of a mean; NaN below 5 values.
 
     Args:
         values: one for each case.
         seed: seed of the bootstrap.
         error: standard error that all values share, by which the interval is widened (in quadrature).
+        weights: of a weighted mean, one for each case, drawn with its value; None: all the same.
 
     Reference: Efron, "Better Bootstrap Confidence Intervals", JASA 1987.
     """
@@ -59,11 +62,17 @@ def interval(values: Numbers, seed: int = 0, error: float = 0.0) -> tuple[float,
         return float("nan"), float("nan")
     if np.ptp(values) < 1e-12 * max(float(np.abs(values).max()), 1e-300):
         return float(values[0]) - _NORMAL * error, float(values[0]) + _NORMAL * error
+    drawn, statistic = ((values,), np.mean) if weights is None else ((values, weights), _weighted_mean)
     found = bootstrap(
-        (values,), np.mean, n_resamples=2000, method="BCa", random_state=np.random.default_rng(seed)
-    ).confidence_interval
-    mean, shared = float(values.mean()), _NORMAL * error
+        drawn, statistic, paired=weights is not None, n_resamples=2000, method="BCa",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    mean, shared = float(statistic(*drawn)), _NORMAL * error
     return mean - float(np.hypot(mean - found.low, shared)), mean + float(np.hypot(found.high - mean, shared))
+
+
+def _weighted_mean(values: Numbers, weights: Numbers, axis: int = -1) -> Numbers:
+    return np.asarray((values * weights).sum(axis) / weights.sum(axis))
 
 
 def sign_flip_test(values: Numbers, seed: int = 0, n_permutations: int = 9999) -> float:

@@ -305,3 +305,14 @@ def test_the_sign_flip_test_enumerates_small_samples_and_is_uniform_under_the_nu
 
 def test_holm_equals_the_worked_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_the_interval_of_a_weighted_mean():
+    generator = np.random.default_rng(0)
+    values = generator.random(30)
+    even = interval(values, weights=np.full(30, 7.0))
+    np.testing.assert_allclose(even, interval(values), atol=0.02)
+    rest = np.concatenate([values, np.full(30, 1e6)])
+    ignored = interval(rest, weights=np.repeat([1.0, 1e-12], 30))
+    np.testing.assert_allclose(ignored, even, atol=0.02)
+    assert interval(np.full(6, 0.25), weights=np.arange(1.0, 7.0)) == (0.25, 0.25)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from monai_xai.baselines import Blur
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
-from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
+from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask, signed_maps
 from monai_xai.grounding.words import GroundingTest, Status
 from monai_xai.metrics.base import grown
 from monai_xai.metrics.questions import ask
 from monai_xai.statistics import cohort_p, holm, interval, shift_null
-from monai_xai.terms import Tensors
 
 T10 = "No evidence outside of the body or on a confounder"
 _TOP = 0.1  # of the voxels, held against confounders
@@ -31,15 +31,17 @@ def judge_shortcuts(
     Where too much lies outside, the network is asked whether it looks there.
     """
     settings = cohort.settings
-    outside = {e.id: _outside(e) for e in cohort.cases}
+    evidence = {e.id: _evidence(e) for e in cohort.cases}
     attributor = cohort.cases[0].explainer.attributor
     counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
     on = _on_confounders(cohort, confounders)
     found = [name for name, p in on.items() if p < settings.alpha]
-    share = mean_of_known(list(outside.values()))
+    shares = {name: there / all_ if all_ else math.nan for name, (there, all_) in evidence.items()}
+    share, within = _pooled(list(evidence.values()), settings.seed)
     test = measured(
-        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}, or what lies there moves "
-        f"the score by no more; confounders p >= {settings.alpha:g}", origin=CHOICE,
+        cohort, "T10", T10, "Q2", shares, value=share, interval=within, threshold=f"share outside <= "
+        f"{settings.outside:g}, or what lies there moves the score by no more; confounders p >= {settings.alpha:g}",
+        origin=CHOICE,
     )  # fmt: skip
     if math.isnan(share) and not on:
         why = "The body fills the image, and no confounders were given."
@@ -75,17 +77,21 @@ def _weigh_outside(cohort: Cohort, network: nn.Module, test: GroundingTest, sent
     shares = np.array([value / lost for value in moved.values() if lost and not math.isnan(value)])
     low, high = interval(shares, settings.seed)
     if len(shares):
+        within = "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
         sentence += (
-            f" What lies there, when changed, moves the score by {shares.mean():.1%} of what it loses at the baseline "
-            f"({low:.1%} to {high:.1%})."
+            f" What lies there, when changed, moves the score by {shares.mean():.1%} of what it loses at the "
         )
+        sentence += f"baseline{within}."
     certain = not test.interval[0] <= settings.outside
-    if high <= settings.outside:
-        status: Status = "INCONCLUSIVE" if certain else "PASS"
-        advice = "The network hardly looks there: the map overstates it."
-    else:
-        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
+    if not high <= settings.outside:
+        status: Status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
         advice = "Check for a shortcut."
+    elif (net := _net(cohort.cases)) <= settings.outside:
+        status = "PASS"
+        advice = f"The network hardly looks there, and what speaks for and against the score there leaves {net:.1%}."
+    else:
+        status = "INCONCLUSIVE" if certain else "PASS"
+        advice = "The network hardly looks there: the map overstates it."
     return Draft(said(test, f"{sentence} {advice}"), settled=status)
 
 
@@ -102,52 +108,74 @@ def _neighbors(cases: Sequence[Evidence], number: int) -> list[Evidence]:
 def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> float:
     """Return how far the score moves when what lies outside of the body is changed, which needs no map.
 
-    It is made even, as most of it is, which takes away what lies in one place; or exchanged for that of other cases,
-    which also changes what it is like as a whole. The larger counts; NaN where a score cannot be had.
+    It is made even, as most of it is, which takes away what lies in one place: beside the body as it is, and beside a
+    blurred one, since a finding may outvote a shortcut that says the same. And it is exchanged for that of other cases,
+    which also changes what it is like as a whole. The largest of the three counts; NaN where a score cannot be had.
     """
     try:
         with ask(e.explainer, network, e.inputs) as asked:
-            inputs, scoring = asked.scoring.inputs, asked.scoring
-            even = {name: _median(x, ~e.body) for name, x in inputs.items() if _on_grid(e, x)}
-            clean = float(scoring.score()[0])
+            scoring, inputs = asked.scoring, dict(asked.scoring.inputs)
+            own = {name: x for name, x in inputs.items() if x.ndim > 2 and x.shape[2:] == e.body.shape[2:]}
+            air = {name: ~e.body.to(x.device) for name, x in own.items()}
 
-            def moved(given: Mapping[str, Tensor], where: Tensor) -> float:
-                return abs(float(scoring.score(_with_outside(e, inputs, given, where))[0]) - clean)
+            def score(images: Mapping[str, Tensor]) -> float:
+                return float(scoring.score(tuple({**inputs, **images}.values()))[0])
 
-            removed = moved(even, ~e.body)
-            exchanged = [moved(other.inputs, ~(e.body | other.body)) for other in neighbors]
+            def even(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                return {
+                    name: torch.where(air[name], _median(own[name], air[name]), x)
+                    for name, x in images.items()
+                }
+
+            def exchanged(other: Evidence) -> dict[str, Tensor]:
+                theirs = {name: other.inputs[name].to(x) for name, x in own.items()}
+                return {
+                    name: torch.where(air[name] & ~other.body.to(x.device), theirs[name], x)
+                    for name, x in own.items()
+                }
+
+            blurred = {name: torch.where(air[name], x, Blur().draws(x)[0]) for name, x in own.items()}
+            clean = score(own)
+            found = [abs(score(even(own)) - clean), abs(score(even(blurred)) - score(blurred))]
+            found += (
+                [float(np.mean([abs(score(exchanged(other)) - clean) for other in neighbors]))]
+                if neighbors
+                else []
+            )
     except AttributionError:
         return math.nan
-    return max(removed, mean_of_known(exchanged)) if exchanged else removed
+    return max(found)
 
 
 def _median(x: Tensor, where: Tensor) -> Tensor:
     """Return the median of each channel there, which few voxels do not move, as an image."""
-    medians = x[..., where[0, 0].to(x.device)].median(-1).values
+    medians = x[..., where[0, 0]].median(-1).values
     return medians[(..., *[None] * (x.ndim - 2))].expand_as(x)
-
-
-def _on_grid(e: Evidence, x: Tensor) -> bool:
-    return x.ndim > 2 and x.shape[2:] == e.body.shape[2:]
-
-
-def _with_outside(
-    e: Evidence, inputs: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Tensor
-) -> Tensors:
-    """Return inputs in call order with other values there, in all images on the grid of the body."""
-    return tuple(
-        torch.where(where.to(x.device), given[name].to(x), x) if _on_grid(e, x) else x
-        for name, x in inputs.items()
-    )
 
 
 # ------------------------------------------------------------------------------------------------- the map
 
 
-def _outside(e: Evidence) -> float:
+def _evidence(e: Evidence) -> tuple[float, float]:
+    """Return how much speaks for the score outside of the body, and in all; nothing where there is no outside."""
     values, near = e.located().clamp(min=0), reached(e)
-    total = float(values.sum())
-    return float(values[~near].sum()) / total if total and not near.all() else math.nan
+    return (0.0, 0.0) if near.all() else (float(values[~near].sum()), float(values.sum()))
+
+
+def _pooled(evidence: Sequence[tuple[float, float]], seed: int) -> tuple[float, tuple[float, float]]:
+    """Return the share of all evidence that lies outside, and its interval: a case with little says little."""
+    there, total = np.array([pair for pair in evidence if pair[1]]).reshape(-1, 2).T
+    if not len(total):
+        return math.nan, (math.nan, math.nan)
+    return float(there.sum() / total.sum()), interval(there / total, seed, weights=total)
+
+
+def _net(cases: Sequence[Evidence]) -> float:
+    """Return how much the map leaves outside of the body, as a share of all, where it cancels out in a case."""
+    signed = [(e.on_grid(signed_maps(e.explanation)), ~reached(e)) for e in cases]
+    there = sum(abs(float(values[air].sum())) for values, air in signed)
+    total = sum(abs(float(values.sum())) for values, _ in signed)
+    return there / total if total else math.inf
 
 
 def reached(e: Evidence) -> Tensor:
