@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ class Operation:
     options: Mapping[str, Any]
     place: str = ""
 
-    @property
+    @cached_property
     def dependents(self) -> list[Tensor]:
         """The tensors among the arguments that depend on the input."""
         return [x for x in _tensors((self.arguments, self.options)) if x.requires_grad]
@@ -253,7 +254,7 @@ class Watch(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         spelled = getattr(func, "__name__", "")
-        if spelled in _QUERIES or not any(x.requires_grad for x in _tensors((args, kwargs))):
+        if spelled in _QUERIES or not _depends((args, kwargs)):
             return func(*args, **kwargs)
         name = _name_of(func, spelled)
         operation = Operation(name, func, args, kwargs, self.place)
@@ -400,12 +401,12 @@ def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
 
     Composite activations of MONAI (x * sigmoid(x), x * tanh(softplus(x))) become calls of one function.
     """
+    watch.names = {module: name for name, module in network.named_modules()}
     composites = {
         module: composite
-        for module in network.modules()
+        for module in watch.names
         if (composite := _COMPOSITES.get(type(module))) and "forward" not in vars(module)
     }
-    watch.names = {module: name for name, module in network.named_modules()}
     try:
         for module, composite in composites.items():
             module.forward = composite(module)
