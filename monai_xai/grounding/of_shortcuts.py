@@ -77,11 +77,9 @@ def _weigh_outside(cohort: Cohort, network: nn.Module, test: GroundingTest, sent
     shares = np.array([value / lost for value in moved.values() if lost and not math.isnan(value)])
     low, high = interval(shares, settings.seed)
     if len(shares):
-        within = "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
-        sentence += (
-            f" What lies there, when changed, moves the score by {shares.mean():.1%} of what it loses at the "
-        )
-        sentence += f"baseline{within}."
+        sentence += f" What lies there, when changed, moves the score by {shares.mean():.1%}"
+        sentence += "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
+        sentence += " of what it loses at the baseline."
     certain = not test.interval[0] <= settings.outside
     if not high <= settings.outside:
         status: Status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
@@ -112,44 +110,38 @@ def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> fl
     blurred one, since a finding may outvote a shortcut that says the same. And it is exchanged for that of other cases,
     which also changes what it is like as a whole. The largest of the three counts; NaN where a score cannot be had.
     """
+    air = ~e.body
+    if not air.any():
+        return math.nan
     try:
         with ask(e.explainer, network, e.inputs) as asked:
-            scoring, inputs = asked.scoring, dict(asked.scoring.inputs)
-            own = {name: x for name, x in inputs.items() if x.ndim > 2 and x.shape[2:] == e.body.shape[2:]}
-            air = {name: ~e.body.to(x.device) for name, x in own.items()}
+            inputs = dict(asked.scoring.inputs)
+            own = {name: x for name, x in inputs.items() if x.ndim > 2 and x.shape[2:] == air.shape[2:]}
 
             def score(images: Mapping[str, Tensor]) -> float:
-                return float(scoring.score(tuple({**inputs, **images}.values()))[0])
+                return float(asked.scoring.score(tuple({**inputs, **images}.values()))[0])
 
-            def even(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-                return {
-                    name: torch.where(air[name], _median(own[name], air[name]), x)
-                    for name, x in images.items()
-                }
-
-            def exchanged(other: Evidence) -> dict[str, Tensor]:
-                theirs = {name: other.inputs[name].to(x) for name, x in own.items()}
-                return {
-                    name: torch.where(air[name] & ~other.body.to(x.device), theirs[name], x)
-                    for name, x in own.items()
-                }
-
-            blurred = {name: torch.where(air[name], x, Blur().draws(x)[0]) for name, x in own.items()}
+            even = {name: _median(x, air) for name, x in own.items()}
+            blurred = _put(own, {name: Blur().draws(x)[0] for name, x in own.items()}, e.body)
             clean = score(own)
-            found = [abs(score(even(own)) - clean), abs(score(even(blurred)) - score(blurred))]
-            found += (
-                [float(np.mean([abs(score(exchanged(other)) - clean) for other in neighbors]))]
-                if neighbors
-                else []
-            )
+            moves = [
+                score(_put(own, even, air)) - clean,
+                score(_put(blurred, even, air)) - score(blurred),
+            ]
+            exchanged = [score(_put(own, other.inputs, air & ~other.body)) - clean for other in neighbors]
     except AttributionError:
         return math.nan
-    return max(found)
+    return max(*map(abs, moves), float(np.mean(np.abs(exchanged or [0.0]))))
+
+
+def _put(images: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Tensor) -> dict[str, Tensor]:
+    """Return images with other values there."""
+    return {name: torch.where(where.to(x.device), given[name].to(x), x) for name, x in images.items()}
 
 
 def _median(x: Tensor, where: Tensor) -> Tensor:
     """Return the median of each channel there, which few voxels do not move, as an image."""
-    medians = x[..., where[0, 0]].median(-1).values
+    medians = x[..., where[0, 0].to(x.device)].median(-1).values
     return medians[(..., *[None] * (x.ndim - 2))].expand_as(x)
 
 

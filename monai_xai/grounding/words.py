@@ -56,8 +56,9 @@ class GroundingSettings:
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
         gain: T5: smallest mean gain over the map shifted, as a share of what the score loses when all is removed: with
             many cases the chance that a wrong map brushes the right place is significant, too.
-        outside: T10: largest mean share of the map outside of the body. Networks that look at nothing there were seen
-            to leave up to 14 % along its edge, in small images (docs/calibration.md).
+        outside: T10: largest share of the evidence outside of the body. Networks that look at nothing there leave up
+            to that along its edge, in small images (docs/calibration.md). Where more lies there: how far the score may
+            move when what lies there is changed, as a share of what it loses at the baseline.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
