@@ -106,8 +106,8 @@ class Classifier(nn.Module):
 def train(shape: tuple[int, ...], *, by_tag: bool, seed: int, steps: int = 300, width: int = 8) -> Classifier:
     """Train a network that uses the lesion, or the tag.
 
-    The other of the two says nothing. A network that has nothing to gain by it may look at it all the same: the tag is
-    drawn anew for every batch where it says nothing, and smoothed labels punish what moves the score for no reason.
+    The other of the two says nothing. Since a network may look at it all the same while it has few images, the tag is
+    drawn anew for every batch where it says nothing.
     """
     torch.manual_seed(seed)
     network = Classifier(len(shape), width)
@@ -119,7 +119,7 @@ def train(shape: tuple[int, ...], *, by_tag: bool, seed: int, steps: int = 300, 
         images = data.images[rows]
         if not by_tag:
             images = images + data.tags[rows] * 4.0 * torch.randn((48, *[1] * (images.ndim - 1)))
-        loss = functional.cross_entropy(network(images), data.classes[rows], label_smoothing=0.1)
+        loss = functional.cross_entropy(network(images), data.classes[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
