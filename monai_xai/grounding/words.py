@@ -83,7 +83,7 @@ class GroundingSettings:
     alpha: float = 0.05
     min_cases: int = 20
     unchanged: float = 0.9
-    little: float = 0.5
+    little: float = 0.8
     same_class: float = 0.9
     gap: float = 0.05
     gain: float = 0.2
