@@ -9,18 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_xai.baselines import Blur
 from monai_xai.errors import AttributionError, InputError
+from monai_xai.forward import guard
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
-from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask, signed_maps
-from monai_xai.grounding.words import GroundingTest, Status
+from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
 from monai_xai.metrics.base import grown
 from monai_xai.metrics.questions import ask
 from monai_xai.statistics import cohort_p, holm, interval, shift_null
 
 T10 = "No evidence outside of the body or on a confounder"
 _TOP = 0.1  # of the voxels, held against confounders
-_EXCHANGES = 4  # other cases, whose outside takes the place of that of a case
 
 
 def judge_shortcuts(
@@ -28,21 +26,21 @@ def judge_shortcuts(
 ) -> Draft:
     """T10: how much of the map lies outside of the body, and whether it points at confounders.
 
-    Where too much lies outside, the network is asked whether it looks there.
+    A network sees the edge of the body from both sides. Where all that is too much lies along it, and the score does
+    not hang on what lies outside, it is the body's.
     """
     settings = cohort.settings
-    evidence = {e.id: _evidence(e) for e in cohort.cases}
+    outside = {e.id: _share_beyond(e, 0) for e in cohort.cases}
     attributor = cohort.cases[0].explainer.attributor
     counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
     on = _on_confounders(cohort, confounders)
     found = [name for name, p in on.items() if p < settings.alpha]
-    shares = {name: there / all_ if all_ else math.nan for name, (there, all_) in evidence.items()}
-    share, within = _pooled(list(evidence.values()), settings.seed)
-    test = measured(
-        cohort, "T10", T10, "Q2", shares, value=share, interval=within, threshold=f"share outside <= "
-        f"{settings.outside:g}, or what lies there moves the score by no more; confounders p >= {settings.alpha:g}",
-        origin=CHOICE,
-    )  # fmt: skip
+    share = mean_of_known(list(outside.values()))
+    rule = (
+        f"share outside <= {settings.outside:g}, or so beyond {settings.rim} voxels where the score does not hang on "
+        f"it; confounders p >= {settings.alpha:g}"
+    )
+    test = measured(cohort, "T10", T10, "Q2", outside, threshold=rule, origin=CHOICE)
     if math.isnan(share) and not on:
         why = "The body fills the image, and no confounders were given."
         return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
@@ -50,11 +48,19 @@ def judge_shortcuts(
         "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
     )
     sentence = (sentence + " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())).strip()
+    too_much = counts and share > settings.outside
+    along_the_edge = False
+    if too_much:
+        along_the_edge, more = _along_the_edge(cohort, network)
+        sentence = f"{sentence} {more}".strip()
     if found:
         missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
         return Draft(test, missed=missed, settled="FAIL")
-    if counts and share > settings.outside:
-        return _weigh_outside(cohort, network, test, sentence)
+    if too_much and not along_the_edge:
+        certain = not test.interval[0] <= settings.outside
+        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
+        missed = f"{sentence} Check for a shortcut."
+        return Draft(said(test, missed), missed=missed, settled=status)  # type: ignore[arg-type]
     if not counts and not on:
         why = f"Reported only, since gradients are not zero in air. {sentence}"
         return Draft(
@@ -65,109 +71,61 @@ def judge_shortcuts(
     return Draft(test, sentence, settled="PASS")
 
 
-# --------------------------------------------------------------------------------------------- the network
+def _along_the_edge(cohort: Cohort, network: nn.Module) -> tuple[bool, str]:
+    """Tell whether what lies outside of the body is seen of its edge alone, and say what was found.
 
-
-def _weigh_outside(cohort: Cohort, network: nn.Module, test: GroundingTest, sentence: str) -> Draft:
-    """Return T10 of a map that has too much outside of the body: the network looks there, or the map overstates it."""
+    Both is needed: that hardly anything lies farther out, and that the score stays where it is when what lies outside
+    is taken away, which needs no map. A cap around a head, say, is on its edge as well, but moves the score.
+    """
     settings = cohort.settings
-    neighbors = {e.id: _neighbors(cohort.cases, number) for number, e in enumerate(cohort.cases)}
-    moved = cohort.each(lambda e: _moved(e, network, neighbors[e.id]), "what lies outside of the body")
-    lost = mean_of_known([abs(e.score - e.baseline_score) for e in cohort.cases])
-    shares = np.array([value / lost for value in moved.values() if lost and not math.isnan(value)])
-    low, high = interval(shares, settings.seed)
-    if len(shares):
-        sentence += f" What lies there, when changed, moves the score by {shares.mean():.1%}"
-        sentence += "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
-        sentence += " of what it loses at the baseline."
-    certain = not test.interval[0] <= settings.outside
-    if not high <= settings.outside:
-        status: Status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
-        advice = "Check for a shortcut."
-    elif (net := _net(cohort.cases)) <= settings.outside:
-        status = "PASS"
-        advice = f"The network hardly looks there, and what speaks for and against the score there leaves {net:.1%}."
-    else:
-        status = "INCONCLUSIVE" if certain else "PASS"
-        advice = "The network hardly looks there: the map overstates it."
-    return Draft(said(test, f"{sentence} {advice}"), settled=status)
+    farther = mean_of_known([_share_beyond(e, settings.rim) for e in cohort.cases])
+    moved = cohort.each(lambda e: _moved(e, network), "taking away what lies outside of the body")
+    pairs = [(moved[e.id], abs(e.score - e.baseline_score)) for e in cohort.cases]
+    known = np.array([pair for pair in pairs if all(map(math.isfinite, pair)) and pair[1]]).reshape(-1, 2)
+    told = f"{farther:.1%} lies more than {settings.rim} voxels from it."
+    if not len(known):
+        return False, told
+    lost = known[:, 1]
+    low, high = interval(known[:, 0] / lost, settings.seed, weights=lost)
+    within = "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
+    share = known[:, 0].sum() / lost.sum()
+    told += (
+        f" Taken away, what lies outside moves the score by {share:.1%}{within} of what the baseline does."
+    )
+    return farther <= settings.outside and high <= settings.outside, told
 
 
-def _neighbors(cases: Sequence[Evidence], number: int) -> list[Evidence]:
-    """Return the next cases with images of the same shapes."""
+def _moved(e: Evidence, network: nn.Module) -> float:
+    """Return how far the score moves when the images are made even outside of the body; NaN where that is unknown.
 
-    def shapes(e: Evidence) -> list[torch.Size]:
-        return [x.shape for x in e.inputs.values()]
-
-    following = [cases[(number + step) % len(cases)] for step in range(1, len(cases))]
-    return [e for e in following if shapes(e) == shapes(cases[number])][:_EXCHANGES]
-
-
-def _moved(e: Evidence, network: nn.Module, neighbors: Sequence[Evidence]) -> float:
-    """Return how far the score moves when what lies outside of the body is changed, which needs no map.
-
-    It is made even, as most of it is, which takes away what lies in one place: beside the body as it is, and beside a
-    blurred one, since a finding may outvote a shortcut that says the same. And it is exchanged for that of other cases,
-    which also changes what it is like as a whole. The largest of the three counts; NaN where a score cannot be had.
+    Even at the median of each channel there, which what lies in one place does not move.
     """
     air = ~e.body
     if not air.any():
         return math.nan
     try:
-        with ask(e.explainer, network, e.inputs) as asked:
-            inputs = dict(asked.scoring.inputs)
-            own = {name: x for name, x in inputs.items() if x.ndim > 2 and x.shape[2:] == air.shape[2:]}
-
-            def score(images: Mapping[str, Tensor]) -> float:
-                return float(asked.scoring.score(tuple({**inputs, **images}.values()))[0])
-
-            even = {name: _median(x, air) for name, x in own.items()}
-            blurred = _put(own, {name: Blur().draws(x)[0] for name, x in own.items()}, e.body)
-            clean = score(own)
-            moves = [
-                score(_put(own, even, air)) - clean,
-                score(_put(blurred, even, air)) - score(blurred),
-            ]
-            exchanged = [score(_put(own, other.inputs, air & ~other.body)) - clean for other in neighbors]
+        with ask(e.explainer, network, e.inputs) as asked, guard("T10", asked.scoring.values):
+            values = asked.scoring.values
+            on_grid = [x.ndim > 2 and x.shape[2:] == air.shape[2:] for x in values]
+            even = [_made_even(x, air) if here else x for x, here in zip(values, on_grid, strict=True)]
+            return float((asked.scoring.score(even) - asked.scoring.score()).abs()[0])
     except AttributionError:
         return math.nan
-    return max(*map(abs, moves), float(np.mean(np.abs(exchanged or [0.0]))))
 
 
-def _put(images: Mapping[str, Tensor], given: Mapping[str, Tensor], where: Tensor) -> dict[str, Tensor]:
-    """Return images with other values there."""
-    return {name: torch.where(where.to(x.device), given[name].to(x), x) for name, x in images.items()}
+def _made_even(x: Tensor, where: Tensor) -> Tensor:
+    """Return an image with the median of each channel there, shape (N, C, *spatial), where (1, 1, *spatial)."""
+    where = where.to(x.device)
+    medians = x[..., where[0, 0]].median(-1).values
+    return torch.where(where, medians[(..., *[None] * (x.ndim - 2))], x)
 
 
-def _median(x: Tensor, where: Tensor) -> Tensor:
-    """Return the median of each channel there, which few voxels do not move, as an image."""
-    medians = x[..., where[0, 0].to(x.device)].median(-1).values
-    return medians[(..., *[None] * (x.ndim - 2))].expand_as(x)
-
-
-# ------------------------------------------------------------------------------------------------- the map
-
-
-def _evidence(e: Evidence) -> tuple[float, float]:
-    """Return how much speaks for the score outside of the body, and in all; nothing where there is no outside."""
+def _share_beyond(e: Evidence, rim: int) -> float:
+    """Return the share of the evidence that lies farther from the body than so many voxels; NaN if no voxel does."""
     values, near = e.located().clamp(min=0), reached(e)
-    return (0.0, 0.0) if near.all() else (float(values[~near].sum()), float(values.sum()))
-
-
-def _pooled(evidence: Sequence[tuple[float, float]], seed: int) -> tuple[float, tuple[float, float]]:
-    """Return the share of all evidence that lies outside, and its interval: a case with little says little."""
-    there, total = np.array([pair for pair in evidence if pair[1]]).reshape(-1, 2).T
-    if not len(total):
-        return math.nan, (math.nan, math.nan)
-    return float(there.sum() / total.sum()), interval(there / total, seed, weights=total)
-
-
-def _net(cases: Sequence[Evidence]) -> float:
-    """Return how much the map leaves outside of the body, as a share of all, where it cancels out in a case."""
-    signed = [(e.on_grid(signed_maps(e.explanation)), ~reached(e)) for e in cases]
-    there = sum(abs(float(values[air].sum())) for values, air in signed)
-    total = sum(abs(float(values.sum())) for values, _ in signed)
-    return there / total if total else math.inf
+    near = grown(near, [rim] * (near.ndim - 2))
+    total = float(values.sum())
+    return float(values[~near].sum()) / total if total and not near.all() else math.nan
 
 
 def reached(e: Evidence) -> Tensor:
