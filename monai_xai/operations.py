@@ -232,7 +232,7 @@ class Watch(TorchFunctionMode):
 
     @property
     def place(self) -> str:
-        """Dotted name of the module that is running, read off the stack: hooks would cost more than small calls do."""
+        """Dotted name of the module that is running, read off the stack: hooks on all modules would cost more."""
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code is _CALL and (name := self.names.get(frame.f_locals["self"])) is not None:

@@ -38,6 +38,7 @@ from monai_xai import (
     UnsupportedNetworkError,
     ZPlusRule,
 )
+from monai_xai.operations import Watch, watched
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting", "ignore:Input Tensor", "ignore:.*gradient hook"
@@ -613,3 +614,31 @@ def test_the_first_layer_may_have_a_rule_of_its_own():
     padded.network = network
     moved = maps(LRP(first=FlatRule()), padded, x, target)
     assert not torch.equal(moved, maps(LRP(), padded, x, target))
+
+
+def test_operations_know_the_module_that_calls_them():
+    """In modules within modules, shared ones and such with hooks, and nowhere once the watch is left."""
+
+    class Places(Watch):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def handle(self, operation):
+            self.found.append((operation.name, operation.place))
+            return operation.run()
+
+    shared = nn.Sequential(nn.ReLU())
+    network = nn.Sequential(nn.Sequential(nn.Tanh(), shared), shared, nn.Sigmoid(), Called(lambda z: z.exp()))
+    network[2].register_forward_pre_hook(lambda module, arguments: None)
+    network[2].register_forward_hook(lambda module, arguments, output: output.square())
+    watch, x = Places(), random_image(1, 2).requires_grad_()
+    with watched(network, watch):
+        (network(x) + 1).cos()
+    assert watch.found == [
+        ("tanh", "0.0"), ("relu", "0.1.0"), ("relu", "0.1.0"), ("sigmoid", "2"), ("square", "2"), ("exp", "3"),
+        ("add", ""), ("cos", ""),
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError), watched(network, watch):
+        network(x @ x)
+    assert (watch.place, watch.names) == ("", {})

@@ -82,7 +82,7 @@ def _along_the_edge(cohort: Cohort, network: nn.Module) -> tuple[bool, str]:
     moved = cohort.each(lambda e: _moved(e, network), "taking away what lies outside of the body")
     pairs = [(moved[e.id], abs(e.score - e.baseline_score)) for e in cohort.cases]
     known = np.array([pair for pair in pairs if all(map(math.isfinite, pair)) and pair[1]]).reshape(-1, 2)
-    told = f"{farther:.1%} lies more than {settings.rim} voxels from it."
+    told = "" if math.isnan(farther) else f"{farther:.1%} lies more than {settings.rim} voxels from it."
     if not len(known):
         return False, told
     lost = known[:, 1]
