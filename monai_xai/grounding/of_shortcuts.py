@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from monai_xai.errors import AttributionError, InputError
+from monai_xai.errors import AttributionError, EmptyRegionError, InputError
 from monai_xai.forward import guard
 from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
 from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
@@ -26,21 +26,20 @@ def judge_shortcuts(
 ) -> Draft:
     """T10: how much of the map lies outside of the body, and whether it points at confounders.
 
-    A network sees the edge of the body from both sides. Where all that is too much lies along it, and the score does
-    not hang on what lies outside, it is the body's.
+    Where too much lies outside, the network is asked as well. What it says can only speak against it: a score that
+    stays where it is shows no more than that the finding says the same.
     """
     settings = cohort.settings
-    outside = {e.id: _share_beyond(e, 0) for e in cohort.cases}
+    outside = {e.id: _outside(e) for e in cohort.cases}
     attributor = cohort.cases[0].explainer.attributor
     counts = attributor.summable or attributor.complete or hasattr(attributor, "baseline")
     on = _on_confounders(cohort, confounders)
     found = [name for name, p in on.items() if p < settings.alpha]
     share = mean_of_known(list(outside.values()))
-    rule = (
-        f"share outside <= {settings.outside:g}, or so beyond {settings.rim} voxels where the score does not hang on "
-        f"it; confounders p >= {settings.alpha:g}"
-    )
-    test = measured(cohort, "T10", T10, "Q2", outside, threshold=rule, origin=CHOICE)
+    test = measured(
+        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
+        f"{settings.alpha:g}", origin=CHOICE,
+    )  # fmt: skip
     if math.isnan(share) and not on:
         why = "The body fills the image, and no confounders were given."
         return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
@@ -49,15 +48,13 @@ def judge_shortcuts(
     )
     sentence = (sentence + " ".join(f"On {name}: p = {p:.2g}." for name, p in on.items())).strip()
     too_much = counts and share > settings.outside
-    along_the_edge = False
     if too_much:
-        along_the_edge, more = _along_the_edge(cohort, network)
-        sentence = f"{sentence} {more}".strip()
+        sentence += _what_hangs_on_it(cohort, network)
+    certain = not test.interval[0] <= settings.outside
     if found:
         missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
         return Draft(test, missed=missed, settled="FAIL")
-    if too_much and not along_the_edge:
-        certain = not test.interval[0] <= settings.outside
+    if too_much:
         status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
         missed = f"{sentence} Check for a shortcut."
         return Draft(said(test, missed), missed=missed, settled=status)  # type: ignore[arg-type]
@@ -71,45 +68,42 @@ def judge_shortcuts(
     return Draft(test, sentence, settled="PASS")
 
 
-def _along_the_edge(cohort: Cohort, network: nn.Module) -> tuple[bool, str]:
-    """Tell whether what lies outside of the body is seen of its edge alone, and say what was found.
-
-    Both is needed: that hardly anything lies farther out, and that the score stays where it is when what lies outside
-    is taken away, which needs no map. A cap around a head, say, is on its edge as well, but moves the score.
-    """
-    settings = cohort.settings
-    farther = mean_of_known([_share_beyond(e, settings.rim) for e in cohort.cases])
+def _what_hangs_on_it(cohort: Cohort, network: nn.Module) -> str:
+    """Say how far the score moves when what lies outside of the body is taken away, if it surely does."""
     moved = cohort.each(lambda e: _moved(e, network), "taking away what lies outside of the body")
     pairs = [(moved[e.id], abs(e.score - e.baseline_score)) for e in cohort.cases]
     known = np.array([pair for pair in pairs if all(map(math.isfinite, pair)) and pair[1]]).reshape(-1, 2)
-    told = "" if math.isnan(farther) else f"{farther:.1%} lies more than {settings.rim} voxels from it."
     if not len(known):
-        return False, told
+        return ""
     lost = known[:, 1]
-    low, high = interval(known[:, 0] / lost, settings.seed, weights=lost)
-    within = "" if math.isnan(low) else f" ({low:.1%} to {high:.1%})"
+    low, high = interval(known[:, 0] / lost, cohort.settings.seed, weights=lost)
+    if not low > cohort.settings.outside:
+        return ""
     share = known[:, 0].sum() / lost.sum()
-    told += (
-        f" Taken away, what lies outside moves the score by {share:.1%}{within} of what the baseline does."
+    return (
+        f" The network looks there: with the outside made even, the score moves by {share:.0%} ({low:.0%} to "
+        f"{high:.0%}) of what it loses at the baseline."
     )
-    return farther <= settings.outside and high <= settings.outside, told
 
 
 def _moved(e: Evidence, network: nn.Module) -> float:
     """Return how far the score moves when the images are made even outside of the body; NaN where that is unknown.
 
-    Even at the median of each channel there, which what lies in one place does not move.
+    Even at the median of each channel there, which is that of the air as long as it is most of what lies outside.
     """
     air = ~e.body
     if not air.any():
         return math.nan
     try:
         with ask(e.explainer, network, e.inputs) as asked, guard("T10", asked.scoring.values):
-            values = asked.scoring.values
-            on_grid = [x.ndim > 2 and x.shape[2:] == air.shape[2:] for x in values]
-            even = [_made_even(x, air) if here else x for x, here in zip(values, on_grid, strict=True)]
+            even = [
+                _made_even(x, air)
+                if x.ndim > 2 and x.shape[2:] == air.shape[2:] and name not in asked.scoring.embedded
+                else x
+                for name, x in asked.scoring.inputs.items()
+            ]
             return float((asked.scoring.score(even) - asked.scoring.score()).abs()[0])
-    except AttributionError:
+    except (EmptyRegionError, AttributionError):
         return math.nan
 
 
@@ -120,10 +114,8 @@ def _made_even(x: Tensor, where: Tensor) -> Tensor:
     return torch.where(where, medians[(..., *[None] * (x.ndim - 2))], x)
 
 
-def _share_beyond(e: Evidence, rim: int) -> float:
-    """Return the share of the evidence that lies farther from the body than so many voxels; NaN if no voxel does."""
+def _outside(e: Evidence) -> float:
     values, near = e.located().clamp(min=0), reached(e)
-    near = grown(near, [rim] * (near.ndim - 2))
     total = float(values.sum())
     return float(values[~near].sum()) / total if total and not near.all() else math.nan
 
