@@ -294,6 +294,30 @@ def test_what_is_not_sure_to_move_the_score_is_not_told():
         assert "The network looks there" not in found.message
 
 
+@dataclass(frozen=True)
+class Against(Attributor):
+    """A map in which all speaks against the score."""
+
+    def attribute(self, scoring):
+        found = COMPLETE["attributor"].attribute(scoring)
+        return replace(found, maps={"image": -found.maps["image"].abs()})
+
+
+def test_why_nothing_can_be_said_of_the_outside():
+    everywhere = dict.fromkeys(REGIONS, torch.ones_like(BODY))
+    for attributor, options, why in (
+        (GRADIENTS, {"within": everywhere}, "The body fills the image, and there are no confounders."),
+        (Against(), {}, "Nothing in the maps speaks for the score, and there are no confounders."),
+        (
+            GRADIENTS,
+            {"within": everywhere, "confounders": {"all": everywhere}},
+            "The body fills the image, and confounders leave no other place to compare.",
+        ),
+    ):
+        found = judge(attributor=attributor, **options).test("T10")
+        assert (found.status, found.message) == ("NA", why)
+
+
 class Two(nn.Module):
     """Sums up what lies in the air of the first image, squared, and all of the second."""
 

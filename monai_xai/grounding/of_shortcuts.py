@@ -41,7 +41,13 @@ def judge_shortcuts(
         f"{settings.alpha:g}", origin=CHOICE,
     )  # fmt: skip
     if math.isnan(share) and not on:
-        why = "The body fills the image, and no confounders were given."
+        full = all(reached(e).all() for e in cohort.cases)
+        why = "The body fills the image" if full else "Nothing in the maps speaks for the score"
+        why += (
+            ", and confounders leave no other place to compare."
+            if confounders
+            else ", and there are no confounders."
+        )
         return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
     sentence = (
         "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
