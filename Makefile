@@ -29,6 +29,8 @@ help:  ## say what there is
 	@echo "Targets (each installs what it needs into $(VENV) by itself):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
+# One thread is as quick for networks this small, and on a busy machine, where threads wait for each other, many times so.
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
 	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --epochs 6 \
 	    --explain_handler::on_error raise
