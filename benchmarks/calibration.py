@@ -169,9 +169,8 @@ def judge_one(
         for i, image in enumerate(data.images)
     ]
     body = data.body[0]
-    if (
-        not attributor.paints
-    ):  # windows reach beyond the edge by themselves, which a network sees from both sides
+    # A network sees the edge of the body from both sides; maps of windows reach beyond it by themselves.
+    if not attributor.paints:
         body = torch.from_numpy(ndimage.binary_dilation(body.numpy(), iterations=2))
     return ground(
         Explainer(ClassScore(), attributor, progress=False),

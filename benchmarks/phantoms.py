@@ -137,7 +137,7 @@ def train(shape: tuple[int, ...], *, by_tag: bool, seed: int, steps: int = 300, 
 def effects(network: nn.Module, data: Phantoms) -> dict[str, float]:
     """Return how far taking away lesion and tag moves the difference of the logits, means, and the accuracy."""
     lesion, tag = data.lesions, data.tags
-    flat = data.images.masked_fill(data.body.expand_as(lesion) & lesion, 1.0)
+    flat = data.images.masked_fill(lesion, 1.0)  # lesions lie in the body, which is 1 but for its texture
     with torch.no_grad():
         clean, without_lesion, without_tag = (
             network(x).diff(dim=1)[:, 0] for x in (data.images, flat, data.images.masked_fill(tag, 0.0))

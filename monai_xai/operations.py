@@ -210,7 +210,7 @@ class Operation:
         return f"{self.name}{f' in {self.place!r}' if self.place else ''}"
 
 
-_CALL = nn.Module._call_impl.__code__
+_CALL = nn.Module._call_impl.__code__  # through which PyTorch calls every module
 
 
 class Watch(TorchFunctionMode):

@@ -43,11 +43,8 @@ def judge_shortcuts(
     if math.isnan(share) and not on:
         full = all(reached(e).all() for e in cohort.cases)
         why = "The body fills the image" if full else "Nothing in the maps speaks for the score"
-        why += (
-            ", and confounders leave no other place to compare."
-            if confounders
-            else ", and there are no confounders."
-        )
+        rest = "confounders leave no other place to compare" if confounders else "there are no confounders"
+        why = f"{why}, and {rest}."
         return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
     sentence = (
         "" if math.isnan(share) else f"{share:.1%} of the evidence lies outside the body{_peak(cohort)}. "
