@@ -57,7 +57,8 @@ class GroundingSettings:
         gain: T5: smallest mean gain over the map shifted, as a share of what the score loses when all is removed: with
             many cases the chance that a wrong map brushes the right place is significant, too.
         outside: T10: largest mean share of the map outside of the body. Networks that look at nothing there were seen
-            to leave up to 22 % along its edge, in images of 20 voxels: a mask of the body is best two voxels wider.
+            to leave up to 22 % along its edge, in images of 20 voxels: a mask that is two voxels wider tells, but hides
+            what touches the body.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
