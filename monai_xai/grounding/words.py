@@ -86,7 +86,7 @@ class GroundingSettings:
     little: float = 0.8
     same_class: float = 0.9
     gap: float = 0.05
-    gain: float = 0.2
+    gain: float = 0.4
     outside: float = 0.1
     agreement: float = 0.75
     min_places: int = 100
