@@ -22,8 +22,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from benchmarks.chance import pages
-from benchmarks.phantoms import BLUR, Classifier, Phantoms, effects, make_phantoms, train
-from monai_xai import ClassScore, Explainer, IntegratedGradients, Occlusion
+from benchmarks.phantoms import Classifier, Phantoms, effects, make_phantoms, plain_body, train
+from monai_xai import ClassScore, Explainer, GivenImage, IntegratedGradients, Occlusion
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.forward import Scoring
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, ground
@@ -86,7 +86,7 @@ class Untrained(Impostor):
     network: nn.Module
 
     def paint(self, x: Tensor, scoring: Scoring) -> Tensor:
-        explainer = Explainer(ClassScore(), gradients(x.ndim - 2), progress=False, tolerated_gap=1e9)
+        explainer = Explainer(ClassScore(), gradients(x.shape[2:]), progress=False, tolerated_gap=1e9)
         return explainer(self.network, x).attributions["image"]
 
 
@@ -95,22 +95,23 @@ class Shifted(Impostor):
     """The true map, by half of the image beside where it belongs."""
 
     def paint(self, x: Tensor, scoring: Scoring) -> Tensor:
-        true = gradients(x.ndim - 2).attribute(scoring).maps["image"]
+        true = gradients(x.shape[2:]).attribute(scoring).maps["image"]
         return true.roll([n // 2 for n in x.shape[2:]], tuple(range(2, x.ndim)))
 
 
-def gradients(dims: int) -> IntegratedGradients:
-    """The true method."""
-    return IntegratedGradients(n_steps=16, baseline=BLUR[dims])
+def gradients(shape: tuple[int, ...]) -> IntegratedGradients:
+    """The true method: the image is held against a body without lesion and tag."""
+    return IntegratedGradients(n_steps=16, baseline=GivenImage(plain_body(shape)))
 
 
-def methods(dims: int, width: int) -> dict[str, tuple[Attributor, bool]]:
+def methods(shape: tuple[int, ...], width: int) -> dict[str, tuple[Attributor, bool]]:
     """Return maps by name, and whether they are true."""
     torch.manual_seed(99)
+    dims = len(shape)
     stride = 2 if dims == 2 else 4  # in 3D, 125 windows and not 729
-    occlusion = Occlusion((1, *[4] * dims), (1, *[stride] * dims), BLUR[dims])
+    occlusion = Occlusion((1, *[4] * dims), (1, *[stride] * dims), GivenImage(plain_body(shape)))
     return {
-        "integrated gradients": (gradients(dims), True),
+        "integrated gradients": (gradients(shape), True),
         "occlusion": (occlusion, True),
         "Sobel": (Sobel(), False),
         "white noise": (WhiteNoise(), False),
@@ -151,7 +152,7 @@ def judge(
         )
         data = make_phantoms(n, shape, tag="class" if uses == "tag" else "random", seed=5 + seed)
         moved = effects(network, data)
-        for name, (attributor, is_true) in methods(len(shape), width).items():
+        for name, (attributor, is_true) in methods(shape, width).items():
             expected = TRUE_VERDICT[uses] if is_true else "ARTIFACT"
             start = time.perf_counter()
             found = judge_one(attributor, network, second, data, settings)
@@ -168,16 +169,12 @@ def judge_one(
         GroundingCase(f"phantom {i:02d}", image[None], correct=bool(correct[i]))
         for i, image in enumerate(data.images)
     ]
-    body = data.body[0]
-    # A network sees the edge of the body from both sides; maps of windows reach beyond it by themselves.
-    if not attributor.paints:
-        body = torch.from_numpy(ndimage.binary_dilation(body.numpy(), iterations=2))
     return ground(
         Explainer(ClassScore(), attributor, progress=False),
         network,
         cases,
         regions={case.id: mask for case, mask in zip(cases, data.lesions, strict=True)},
-        within={case.id: body for case in cases},
+        within={case.id: data.body[0] for case in cases},
         second_network=second,
         settings=settings,
     )

@@ -10,11 +10,6 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
-from monai_xai import Blur
-
-BLUR = {2: Blur(4.0), 3: Blur(2.5)}
-"""By the number of axes, an eighth of the image: takes lesions away, and does not smear the body over the air."""
-
 
 class Phantoms(NamedTuple):
     """Images, classes and masks.
@@ -47,9 +42,8 @@ def make_phantoms(
         lesion_tells: whether the lesion is bright in class 1 and dark in class 0, or either at random.
     """
     generator = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(float)
-    middle = (np.array(shape) - 1) / 2
-    body = ellipsoid(grid, middle, np.array(shape) * 0.42)
+    grid, middle = grid_of(shape), (np.array(shape) - 1) / 2
+    body = body_of(shape)
     radius = max(2.0, min(shape) / 11)
     images, lesions, classes = [], [], generator.integers(0, 2, size=n)
     corner = np.zeros(shape, dtype=bool)
@@ -73,6 +67,21 @@ def make_phantoms(
         tags,
         torch.from_numpy(body)[None, None],
     )
+
+
+def plain_body(shape: tuple[int, ...]) -> Tensor:
+    """Return a phantom without lesion, tag, texture and noise, shape (1, *spatial): a baseline that keeps the body."""
+    return torch.from_numpy(body_of(shape)).float()[None]
+
+
+def body_of(shape: tuple[int, ...]) -> np.ndarray:
+    """Return where the body is, which is the same in all phantoms."""
+    return ellipsoid(grid_of(shape), (np.array(shape) - 1) / 2, np.array(shape) * 0.42)
+
+
+def grid_of(shape: tuple[int, ...]) -> np.ndarray:
+    """Return the coordinates of every voxel, shape (dims, *spatial)."""
+    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(float)
 
 
 def ellipsoid(grid: np.ndarray, center: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -112,19 +121,19 @@ def train(shape: tuple[int, ...], *, by_tag: bool, seed: int, steps: int = 300, 
     """Train a network that uses the lesion, or the tag.
 
     The other of the two says nothing. A network may look at it all the same where nothing keeps it from that: so a tag
-    that says nothing is drawn anew for every batch, and images come in every sharpness, so that those on the way from a
-    blurred baseline are none that the network has never seen.
+    that says nothing is drawn anew for every batch, and images come in every strength, so that the network has seen
+    those on the way from the plain body.
     """
     torch.manual_seed(seed)
     network = Classifier(len(shape), width)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     tag = "class" if by_tag else "random"
     data = make_phantoms(768, shape, tag=tag, seed=1000 + seed, lesion_tells=not by_tag)
-    blurred = BLUR[len(shape)].draws(data.images)[0]
+    plain = plain_body(shape)
     for _ in range(steps):
         rows = torch.randint(0, len(data.images), (48,))
         each = (48, *[1] * (data.images.ndim - 1))
-        images = torch.lerp(data.images[rows], blurred[rows], torch.rand(each))
+        images = torch.lerp(plain, data.images[rows], torch.rand(each))
         if not by_tag:
             images = images + data.tags[rows] * 4.0 * torch.randn(each)
         loss = functional.cross_entropy(network(images), data.classes[rows])
