@@ -1,7 +1,8 @@
 """Are the verdicts right, and the p-values honest? ``python -m benchmarks.calibration`` writes docs/calibration.md.
 
 Networks of which it is known what they use (the lesion, or a tag in the corner) are judged with true maps and with five
-impostors. Beside that, all tests are run where there is nothing to be found (:mod:`benchmarks.chance`).
+impostors; and, as a limit that is known, with a baseline that moves the edge of the body. Beside that, all tests are run
+where there is nothing to be found (:mod:`benchmarks.chance`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from torch import Tensor, nn
 
 from benchmarks.chance import pages
 from benchmarks.phantoms import Classifier, Phantoms, effects, make_phantoms, plain_body, train
-from monai_xai import ClassScore, Explainer, GivenImage, IntegratedGradients, Occlusion
+from monai_xai import Blur, ClassScore, Explainer, GivenImage, IntegratedGradients, Occlusion
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.forward import Scoring
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, ground
 
 TRUE_VERDICT = {"lesion": "GROUNDED", "tag": "FAITHFUL BUT OFF TARGET"}
-SEEDS = [1500, 1600, 1700]
+SEEDS = [1800, 1900, 2000]
+BLURRED = "integrated gradients, blurred baseline"
+BLUR = {2: Blur(4.0), 3: Blur(2.5)}  # an eighth of the image
 SHOWN = ("T2", "T5", "T6", "T7", "T8", "T9", "T10")
 
 
@@ -118,6 +121,7 @@ def methods(shape: tuple[int, ...], width: int) -> dict[str, tuple[Attributor, b
         "center prior": (CenterPrior(), False),
         "untrained network": (Untrained(Classifier(dims, width).eval()), False),
         "true map, shifted": (Shifted(), False),
+        BLURRED: (IntegratedGradients(n_steps=16, baseline=BLUR[dims]), True),
     }
 
 
@@ -126,7 +130,7 @@ def methods(shape: tuple[int, ...], width: int) -> dict[str, tuple[Attributor, b
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One map of one network, judged."""
+    """One map of one network, judged; those with a blurred baseline are shown beside the others."""
 
     shape: tuple[int, ...]
     uses: str
@@ -136,6 +140,7 @@ class Row:
     seconds: float
     seed: int
     effects: dict[str, float]
+    is_blurred: bool
 
     @property
     def is_right(self) -> bool:
@@ -156,7 +161,8 @@ def judge(
             expected = TRUE_VERDICT[uses] if is_true else "ARTIFACT"
             start = time.perf_counter()
             found = judge_one(attributor, network, second, data, settings)
-            yield Row(shape, uses, name, expected, found, time.perf_counter() - start, seed, moved)
+            seconds = time.perf_counter() - start
+            yield Row(shape, uses, name, expected, found, seconds, seed, moved, name == BLURRED)
 
 
 def judge_one(
@@ -204,6 +210,19 @@ def verdict_table(rows: list[Row]) -> list[str]:
     wrong = [row for row in rows if not row.is_right]
     lines += ["", *(f"- Wrong: {row.method}, {row.shape}, network of the {row.uses}, seed {row.seed}: "
                     f"{row.grounding.verdict}. {row.grounding.sentence}" for row in wrong)]  # fmt: skip
+    return lines
+
+
+def limit_table(rows: list[Row]) -> list[str]:
+    """Return what became of maps with a blurred baseline."""
+    lines = [
+        "| image | network uses | seed | outside of the body | T10 | verdict | right |",
+        "|---" * 7 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: (row.shape, row.uses, row.seed)):
+        t10 = row.grounding.test("T10")
+        cells = "x".join(map(str, row.shape)), row.uses, str(row.seed), f"{t10.value:.1%}", t10.status
+        lines.append(f"| {' | '.join(cells)} | {row.grounding.verdict} | {'yes' if row.is_right else 'NO'} |")
     return lines
 
 
@@ -262,20 +281,20 @@ def main() -> None:
         "",
         "Written by `python -m benchmarks.calibration`. Networks that are known to use the lesion, or a tag in the "
         "corner, are judged with true maps and with five impostors. Values of T2 are the similarity to maps of random "
-        "weights, of T5 the gain over the map shifted, of T7 the share of the map in the lesion, of T10 the share "
-        "outside of the body. Cells say in how many runs a test passed of those in which it was done, "
-        "and the range of its value; na: not done, since T2 had settled it.",
+        "weights, of T5 the gain over the map shifted as a share of what the map claims, of T7 the share of the map in "
+        "the lesion, of T10 the share outside of the body. Cells say in how many runs a test passed of those in which "
+        "it was done, and the range of its value; na: not done, since T2 had settled it.",
         "",
         f"Written in one run on {date.today()} (torch {torch.__version__}, seeds {chosen.seeds}: other data and other "
-        "networks with each). Tests were tuned on seeds 0 to 1400, and on none of these: T2 (another training may give "
-        "another map), T5 (a gain of at least 40 %), T8 (its null for cohorts), T10 (10 % and not 5 %, features that "
-        "reach out of the body). T6 compares values and not ranks, and takes every block away in turn, since it had "
-        "failed for maps of two bundles that were right. Networks in 3D were trained too little before: they used the "
-        "tag that says nothing, and each training another way.",
+        "networks with each). Tests, baseline and training were chosen on seeds 0 to 1500, and on none of these: T2 "
+        "(another training may give another map), T5 (half of the gain that the map claims), T8 (its null for "
+        "cohorts), T10 (10 % and not 5 %, features that reach out of the body). T6 compares values and not ranks, and "
+        "takes every block away in turn, since it had failed for maps of two bundles that were right. Networks in 3D "
+        "were trained too little before: they used the tag that says nothing, and each training another way.",
         "",
-        "True maps hold the image against a body without lesion and tag. A blurred image, which was the baseline "
-        "before, moves the edge of the body: in 3D up to 24 % of the evidence of networks of the lesion then lay "
-        "outside of it, within some voxels of the edge, which T10 called INCONCLUSIVE.",
+        "True maps hold the image against the body without lesion, tag and texture, which is easier than what a user "
+        "has: it is the truth of the phantom, it is what the body's mean puts in the place of a lesion in T5 and T9, "
+        "and networks have seen every image on the way from it. What a blurred image in its place does is told below.",
         "",
     ]
     rows: list[Row] = []
@@ -292,8 +311,20 @@ def main() -> None:
                     f"({row.seconds:.0f} s) {[_cell(row.grounding, name) for name in SHOWN]}",
                     flush=True,
                 )
-        right = sum(row.is_right for row in rows)
-        lines += ["## Verdicts", "", f"{right} of {len(rows)} right.", "", *verdict_table(rows), ""]
+        counted = [row for row in rows if not row.is_blurred]
+        right = sum(row.is_right for row in counted)
+        lines += ["## Verdicts", "", f"{right} of {len(counted)} right.", "", *verdict_table(counted), ""]
+        lines += [
+            "## A limit: blurred baselines in small images",
+            "",
+            "A blur smears the body over the air beside it. Image and baseline then differ out there, and a network "
+            "that sees where the body ends gets evidence in the air: most where the body is a few blurs wide, as here "
+            "(a blur of 4 voxels in 2D, 2.5 in 3D). T10 then blames the outside although the network uses the "
+            "lesion. These rows are not counted above. The cure is a baseline that is plain outside, or a larger image.",
+            "",
+            *limit_table([row for row in rows if row.is_blurred]),
+            "",
+        ]
         lines += [
             "## What the networks use",
             "",

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.phantoms import ellipsoid, make_phantoms, place, train
+from benchmarks.phantoms import body_of, ellipsoid, grid_of, make_phantoms, middle_of, place, train
 from monai_xai import ClassScore, Explainer
 from monai_xai.attributors import Attribution, Attributor
 from monai_xai.forward import Scoring
@@ -24,9 +24,7 @@ def false_positives(
 ) -> dict[str, float]:
     """Return how often location tests find a map in a lesion that it knows nothing of, at 0.05."""
     generator = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(float)
-    middle = (np.array(shape) - 1) / 2
-    body = ellipsoid(grid, middle, np.array(shape) * 0.45)
+    grid, middle, body = grid_of(shape), middle_of(shape), body_of(shape, 0.45)
     prior = np.exp(
         -((grid - middle.reshape(-1, *[1] * len(shape))) ** 2).sum(0) / (2 * (min(shape) / 5) ** 2)
     )
@@ -67,9 +65,7 @@ def cohort_false_positives(n: int, shape: tuple[int, ...], *, size: int, seed: i
     """Return the same for cohorts of so many cases with smooth maps."""
     found: dict[str, list[float]] = {"shifts": [], "masks exchanged": []}
     generator = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(float)
-    middle = (np.array(shape) - 1) / 2
-    body = torch.from_numpy(ellipsoid(grid, middle, np.array(shape) * 0.45))
+    grid, middle, body = grid_of(shape), middle_of(shape), torch.from_numpy(body_of(shape, 0.45))
     radii = np.full(len(shape), max(2.0, min(shape) / 11))
     for number in range(n):
         lesions = [

@@ -42,8 +42,7 @@ def make_phantoms(
         lesion_tells: whether the lesion is bright in class 1 and dark in class 0, or either at random.
     """
     generator = np.random.default_rng(seed)
-    grid, middle = grid_of(shape), (np.array(shape) - 1) / 2
-    body = body_of(shape)
+    grid, middle, body = grid_of(shape), middle_of(shape), body_of(shape)
     radius = max(2.0, min(shape) / 11)
     images, lesions, classes = [], [], generator.integers(0, 2, size=n)
     corner = np.zeros(shape, dtype=bool)
@@ -74,9 +73,14 @@ def plain_body(shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(body_of(shape)).float()[None]
 
 
-def body_of(shape: tuple[int, ...]) -> np.ndarray:
-    """Return where the body is, which is the same in all phantoms."""
-    return ellipsoid(grid_of(shape), (np.array(shape) - 1) / 2, np.array(shape) * 0.42)
+def body_of(shape: tuple[int, ...], share: float = 0.42) -> np.ndarray:
+    """Return where the body is, the same in all phantoms: in the middle, with radii of this share of the image."""
+    return ellipsoid(grid_of(shape), middle_of(shape), np.array(shape) * share)
+
+
+def middle_of(shape: tuple[int, ...]) -> np.ndarray:
+    """Return the coordinates of the middle."""
+    return (np.array(shape) - 1) / 2
 
 
 def grid_of(shape: tuple[int, ...]) -> np.ndarray:
