@@ -1,8 +1,8 @@
 """Are the verdicts right, and the p-values honest? ``python -m benchmarks.calibration`` writes docs/calibration.md.
 
 Networks of which it is known what they use (the lesion, or a tag in the corner) are judged with true maps and with five
-impostors; and, as a limit that is known, with a baseline that moves the edge of the body. Beside that, all tests are run
-where there is nothing to be found (:mod:`benchmarks.chance`).
+impostors; and, as a known limit, with a baseline that moves the edge of the body. Beside that, all tests are run where
+there is nothing to be found (:mod:`benchmarks.chance`).
 """
 
 from __future__ import annotations
@@ -319,8 +319,9 @@ def main() -> None:
             "",
             "A blur smears the body over the air beside it. Image and baseline then differ out there, and a network "
             "that sees where the body ends gets evidence in the air: most where the body is a few blurs wide, as here "
-            "(a blur of 4 voxels in 2D, 2.5 in 3D). T10 then blames the outside although the network uses the "
-            "lesion. These rows are not counted above. The cure is a baseline that is plain outside, or a larger image.",
+            "(a blur of 4 voxels in 2D, 2.5 in 3D). T10 may then blame the outside although the network uses the "
+            "lesion. These rows are not counted above. The cure is a baseline that is plain outside, or a larger "
+            "image.",
             "",
             *limit_table([row for row in rows if row.is_blurred]),
             "",
