@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -78,14 +79,15 @@ USES_LESION, USES_TAG = (Reader(BODY), Reader(BODY, seed=1)), (Reader(TAG), Read
 USES_BOTH = Reader(BODY | TAG), Reader(BODY | TAG, seed=1)
 
 
-def make_cases(n=N, *, partner=False, channels=1):
+def make_cases(n=N, *, partner=False, channels=1, radius=2.2):
     generator = np.random.default_rng(0)
     cases, regions = [], {}
     for i in range(n):
         texture = ndimage.gaussian_filter(generator.normal(size=(SIZE, SIZE)), 1.5)
         image = torch.from_numpy(0.3 * texture / texture.std()).float() * BODY + 0.5 * BODY + 3.0 * TAG
         angle = 2 * math.pi * i / n
-        lesion = disk(11.5 + 6 * math.sin(angle), 11.5 + 6 * math.cos(angle), 2.2)
+        way = min(6, 10.3 - radius)
+        lesion = disk(11.5 + way * math.sin(angle), 11.5 + way * math.cos(angle), radius) & BODY
         image = image + 3.0 * lesion + (3.0 * PARTNER if partner else 0.0)
         other = torch.from_numpy(generator.normal(size=(channels - 1, SIZE, SIZE))).float()
         cases.append(GroundingCase(f"case{i}", torch.cat([image[None], other])[None]))
@@ -395,12 +397,42 @@ def test_a_confounder_is_found_in_a_small_body():
     assert _on_confounders(Cohort(cases, settings), {"scar": marks})["scar"] < 0.01
 
 
-def test_a_gain_that_is_certain_and_small_is_no_pass():
-    found = judge(**{**COMPLETE, "settings": replace(SETTINGS, gain=100.0)})
-    assert found.test("T5").p < 0.01
-    assert found.test("T5").status == "FAIL"
-    assert "less than the 10000% that is asked" in found.test("T5").message
-    assert found.verdict == "ARTIFACT"
+class Sums(Reader):
+    """Adds up all of the body: a bright lesion is a fifth of it."""
+
+    def forward(self, x):
+        score = (x * self.places).flatten(1).sum(1, keepdim=True)
+        return torch.cat([torch.zeros_like(score), score], 1)
+
+
+@dataclass(frozen=True)
+class OnlyTheBright(Attributor):
+    """The true map where the image is bright, and nothing elsewhere."""
+
+    def attribute(self, scoring):
+        found = COMPLETE["attributor"].attribute(scoring)
+        return replace(found, maps={"image": found.maps["image"] * (scoring.inputs["image"] > 2.2)})
+
+
+@pytest.mark.parametrize(("n", "status"), [(N, "FAIL"), (N - 1, "INCONCLUSIVE")])
+def test_a_gain_that_is_small_for_what_the_map_claims_is_no_pass(n, status):
+    settings = replace(SETTINGS, stop_early=False)
+    given = {"regions": None, "within": dict(islice(WITHIN.items(), n)), "settings": settings}
+    test = judge((Sums(BODY), Sums(BODY, seed=1)), OnlyTheBright(), CASES[:n], **given).test("T5")
+    assert test.p < 0.05
+    assert 0.1 < test.value < test.interval[1] < GroundingSettings().gain
+    assert test.status == status
+    assert "of the gain that the map claims" in test.message
+    assert "50% is asked" in test.message
+
+
+@pytest.mark.parametrize("radius", [2.2, 6.0], ids=["a twentieth", "a third"])
+def test_a_finding_that_fills_much_of_the_body_is_no_artifact(radius):
+    cases, regions = make_cases(radius=radius)
+    found = judge(**{**COMPLETE, "settings": SETTINGS}, cases=cases, regions=regions)
+    assert found.test("T5").status == "PASS"
+    assert 0.6 < found.test("T5").value < 1.2
+    assert found.verdict != "ARTIFACT"
 
 
 @pytest.mark.parametrize(("little", "status"), [(1.0, "PROVISIONAL"), (-1.0, "FAIL")])

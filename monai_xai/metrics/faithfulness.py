@@ -263,7 +263,8 @@ def _removals(values: Tensor, present: Tensor, options: _CurveOptions, inserts: 
 def _claims(sums: Tensor, removals: Sequence[Tensor]) -> Tensor:
     """Return the share of a map's positive sums that it gives to what is gone, shape (N, S)."""
     gone = torch.stack([(sums * removed).sum(1) for removed in removals], 1)
-    return gone / sums.clamp(min=0).sum(1, keepdim=True)
+    positive = sums.clamp(min=0).sum(1, keepdim=True)
+    return (gone / positive).masked_fill(positive == 0, torch.nan)
 
 
 def _walk(
