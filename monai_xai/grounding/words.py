@@ -56,8 +56,8 @@ class GroundingSettings:
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
         gain: T5: smallest mean gain over the map shifted, as a share of the gain that the map claims: with many cases
             the chance that a wrong map brushes the right place is significant, too.
-        outside: T10: largest mean share of the map outside of the body. Networks that look at nothing there were seen
-            to leave up to 24 % along its edge, in images of 20 voxels held against a blurred one, which moves the edge.
+        outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
+            the edge of the body, was seen to leave up to 24 % there, see docs/how_to/ground.rst.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
