@@ -241,10 +241,10 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
                 {order: y.changes for order, y in found[name, True].items()} for found in followed.values()
             ]
             cohort.curves |= _mean_curves(f"insertion, imputed by {name}", back, settings)
-    claimed, whose = mean_of_known(claims), "that the map claims"
+    claimed, whose = mean_of_known(claims), "the map claims"
     is_flat = not claimed > _LEAST_CLAIM  # or nothing is known
     if is_flat:
-        claimed, whose = _LEAST_CLAIM, "that is asked of a flat map"
+        claimed, whose = _LEAST_CLAIM, "is asked of a flat map"
     unit = _scale(cohort) * claimed
     p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
     test = measured(
@@ -253,19 +253,18 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and {settings.gain:.0%} or "
         "more of the gain that the map claims",
     )  # fmt: skip
-    more = " ".join(said)
-    found = (
-        f"Removing it takes more than removing the map shifted: {test.value:.0%} of the gain {whose}, which is "
-        f"{claimed:.0%} of the mean change of the score when all is removed. {more}"
-    )
-    missed = (
-        "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
+    facts = (
+        f"The gain over the map shifted is {test.value:.0%} of what {whose}, which is {claimed:.0%} of the mean change "
+        f"of the score when all is removed. {' '.join(said)}"
     )
     if p < settings.alpha and test.value < settings.gain:
         is_certain = not is_flat and test.interval[1] < settings.gain and test.n >= settings.min_cases
-        little = f"{found} At least {settings.gain:.0%} is asked."
+        little = f"{facts} At least {settings.gain:.0%} is asked."
         return Draft(test, missed=little, settled="FAIL" if is_certain else "INCONCLUSIVE")
-    return Draft(test, found, f"{missed} {more}")
+    missed = (
+        "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
+    )
+    return Draft(test, f"Removing it takes more than removing the map shifted. {facts}", f"{missed} {facts}")
 
 
 def _scale(cohort: Cohort) -> float:
