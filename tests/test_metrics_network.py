@@ -320,24 +320,6 @@ def test_deletion_of_a_linear_network_is_the_sum_of_what_went():
     close(aopc.values, gone.mean(1))
 
 
-@pytest.mark.parametrize("follow", [m.deletion_curve, m.insertion_curve])
-def test_what_a_map_claims_of_an_order_is_what_a_linear_network_loses(follow):
-    network, x = linear(1, 8, 8)
-    exact = x * network.weight.detach()
-    options = {"features": BLOCKS, "imputer": ZERO, "steps": 8, "until": 1.0}
-    positive = (
-        exact.unfold(2, 2, 2).unfold(3, 2, 2).sum((-1, -2)).clamp(min=0).flatten(1).sum(1, keepdim=True)
-    )
-    own = follow(EXACT, network, x, **options)
-    close(own.claimed, (own.clean[:, None] - own.raw) / positive)
-    other = {"image": random_image(2, 1, 8, 8, seed=9)}
-    control = follow(EXACT, network, x, explanation=other, claim={"image": exact}, **options)
-    close(control.claimed, (control.clean[:, None] - control.raw) / positive)
-    assert not torch.allclose(control.claimed, own.claimed)
-    against = follow(EXACT, network, x, claim={"image": -exact.abs()}, **options)
-    assert against.claimed.isnan().all()
-
-
 INFERER = SlidingWindowInferer(roi_size=(16, 16), sw_batch_size=1, overlap=0.5, mode="gaussian")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,16 +16,13 @@ from monai_xai.grounding.evidence import (
     Maps,
     alike,
     between_patients,
-    edges,
-    intensity,
     map_again,
     mean_of_known,
-    noise,
     noised,
     shifted_maps,
 )
 from monai_xai.grounding.words import GroundingSettings
-from monai_xai.metrics.faithfulness import deletion_curve, fidelity, insertion_curve
+from monai_xai.metrics.faithfulness import fidelity
 from monai_xai.metrics.perturbations import RandomRemoval, usual_imputer
 from monai_xai.metrics.randomization import cascading_randomization, random_logit, randomize
 from monai_xai.statistics import signed_rank_test
@@ -33,10 +30,8 @@ from monai_xai.statistics import signed_rank_test
 P1, P2, P3 = "A map there is", "A prediction to explain", "Random weights change the prediction"
 T1, T2 = "Contributions add up", "The map changes with random weights, and not with another training"
 T3, T4 = "The map changes with permuted labels", "Another class has another map"
-T5, T6 = "Removing what is highlighted matters", "The map predicts effects and survives another acquisition"
+T6 = "The map predicts effects and survives another acquisition"
 _AT_LEAST = 0.5  # of the cases must meet a precondition
-_FEWEST_FOR_BANDS = 5
-_LEAST_CLAIM = 0.25  # a map that is nearly flat claims next to nothing, of which chance is a large share
 
 
 def judge_preconditions(cohort: Cohort) -> list[Draft]:
@@ -209,163 +204,6 @@ def _not_the_same(
     passes = test.value < limit
     missed = f"{sentence}: it is the same picture, and no evidence for what it is said to explain."
     return Draft(test, f"{sentence}.", missed, settled="PASS" if passes else "FAIL")
-
-
-# ----------------------------------------------------------------------------------------------- deletion
-
-
-def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
-    """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer.
-
-    How much more is held against what the map itself claims for the same removals, so that evidence which is spread
-    over much of the body, and of which no order takes much at once, is not taken for none. Insertion is drawn beside
-    it, and decides nothing.
-    """
-    settings, p_values, said = cohort.settings, {}, []
-    gains: dict[str, list[float]] = {e.id: [] for e in cohort.cases}
-    claims: list[float] = []
-    followed = cohort.each(lambda e: _by_imputer(e, network, settings), "deletion")
-    for name in settings.imputers:
-        found_in = {case: found[name, False] for case, found in followed.items()}
-        areas = {case: {order: y.fall for order, y in ys.items()} for case, ys in found_in.items()}
-        gained = {case: area["map"] - area["map shifted"] for case, area in areas.items()}
-        for case, gain in gained.items():
-            gains[case].append(gain)
-        claims += [ys["map"].claim - ys["map shifted"].claim for ys in found_in.values()]
-        p_values[name] = signed_rank_test(list(gained.values()))
-        said.append(_against_controls(name, areas))
-        lost = [{order: -y.changes for order, y in ys.items()} for ys in found_in.values()]
-        cohort.curves |= _mean_curves(f"deletion, imputed by {name}", lost, settings)
-        if settings.insertion:
-            back = [
-                {order: y.changes for order, y in found[name, True].items()} for found in followed.values()
-            ]
-            cohort.curves |= _mean_curves(f"insertion, imputed by {name}", back, settings)
-    claimed, whose = mean_of_known(claims), "the map claims"
-    is_flat = not claimed > _LEAST_CLAIM  # or nothing is known
-    if is_flat:
-        claimed, whose = _LEAST_CLAIM, "is asked of a flat map"
-    unit = _scale(cohort) * claimed
-    p = max(p_values.values(), key=lambda value: math.inf if math.isnan(value) else value)
-    test = measured(
-        cohort, "T5", T5, "Q1", {case: mean_of_known(each) / unit for case, each in gains.items()}, p=p,
-        origin="[L] Samek et al. 2017; control by shifts, and its size [E]",
-        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and {settings.gain:.0%} or "
-        "more of the gain that the map claims",
-    )  # fmt: skip
-    facts = (
-        f"The gain over the map shifted is {test.value:.0%} of what {whose}, which is {claimed:.0%} of the mean change "
-        f"of the score when all is removed. {' '.join(said)}"
-    )
-    if p < settings.alpha and test.value < settings.gain:
-        is_certain = not is_flat and test.interval[1] < settings.gain and test.n >= settings.min_cases
-        little = f"{facts} At least {settings.gain:.0%} is asked."
-        return Draft(test, missed=little, settled="FAIL" if is_certain else "INCONCLUSIVE")
-    missed = (
-        "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
-    )
-    return Draft(test, f"Removing it takes more than removing the map shifted. {facts}", f"{missed} {facts}")
-
-
-def _scale(cohort: Cohort) -> float:
-    return float(np.mean([abs(e.score - e.baseline_score) for e in cohort.cases])) or 1.0
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """A deletion curve, or one of insertion; of several orders of a kind the mean.
-
-    Args:
-        changes: how far the score has fallen (or risen, with insertion), shape (steps,).
-        claims: what the map, whatever the order, says is gone, as a share of its positive sum, shape (steps,).
-    """
-
-    changes: np.ndarray
-    claims: np.ndarray
-
-    @property
-    def fall(self) -> float:
-        return float(self.changes.mean())
-
-    @property
-    def claim(self) -> float:
-        return float(self.claims.mean())
-
-
-def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
-    """Return the map and its controls, by what they are; several of a kind are averaged."""
-    orders: list[tuple[str, Maps]] = [("map", e.maps)]
-    orders += [("map shifted", maps) for maps in shifted_maps(e, settings.n_shifts, settings.seed)]
-    orders += [("Sobel", edges(e)), ("intensity", intensity(e))] if settings.controls else []
-    return orders + [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
-
-
-def _by_imputer(
-    e: Evidence, network: nn.Module, settings: GroundingSettings
-) -> dict[tuple[str, bool], dict[str, _Followed]]:
-    """Return curves by order, by the name of the imputer and whether features come back."""
-    orders = _orders(e, settings)
-    ways = (False, True) if settings.insertion else (False,)
-    return {
-        (name, inserts): _follow(e, network, settings, name, orders, inserts=inserts)
-        for name in settings.imputers
-        for inserts in ways
-    }
-
-
-def _follow(
-    e: Evidence,
-    network: nn.Module,
-    settings: GroundingSettings,
-    imputer: str,
-    orders: Sequence[tuple[str, Maps]],
-    *,
-    inserts: bool = False,
-) -> dict[str, _Followed]:
-    """Return by order how far the score falls as features go, or rises as they come back."""
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for name, maps in orders:
-        follow = insertion_curve if inserts else deletion_curve
-        curve = follow(
-            e.explainer, network, e.inputs, explanation=maps, claim=e.maps, features=e.blocks(settings),
-            imputer=e.imputer(settings.imputers[imputer]), steps=settings.steps, until=e.until(settings),
-            seed=settings.seed,
-        )  # fmt: skip
-        change = (curve.raw - curve.emptied[:, None] if inserts else curve.clean[:, None] - curve.raw)[0]
-        change = (change.abs() if e.is_unsigned else change).double()
-        found.setdefault(name, []).append((change.cpu().numpy(), curve.claimed[0].cpu().numpy()))
-    return {name: _Followed(*np.mean(curves, axis=0)) for name, curves in found.items()}
-
-
-def _mean_curves(
-    group: str, cases: Sequence[Mapping[str, np.ndarray]], settings: GroundingSettings
-) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Return the curves of the page: means over cases, from 5 cases on with 95 % bootstrap bands."""
-    x = tuple(np.linspace(0, settings.until, settings.steps).tolist())
-    curves = {}
-    for name in cases[0]:
-        rows = np.stack([case[name] for case in cases])
-        curves[f"{group}: {name}"] = {"x": x, "y": tuple(rows.mean(0).tolist()), **_band(rows, settings.seed)}
-    return curves
-
-
-def _band(rows: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:
-    """Return the 95 % percentile bootstrap interval of a mean over cases, point by point, rows of shape (cases, S)."""
-    if len(rows) < _FEWEST_FOR_BANDS:
-        return {}
-    chosen = np.random.default_rng(seed).integers(0, len(rows), size=(1000, len(rows)))
-    low, high = np.quantile(rows[chosen].mean(1), [0.025, 0.975], axis=0)
-    return {"low": tuple(low.tolist()), "high": tuple(high.tolist())}
-
-
-def _against_controls(imputer: str, areas: Mapping[str, Mapping[str, float]]) -> str:
-    """Say in how many cases the map takes more than each control."""
-    controls = [name for name in next(iter(areas.values()), {}) if name != "map"]
-    parts = []
-    for name in controls:
-        won = mean_of_known([float(found["map"] > found[name]) for found in areas.values()])
-        parts.append(f"{name} {won:.0%}")
-    return f"Cases in which the map takes more, imputed by {imputer}: {', '.join(parts)}."
 
 
 # ---------------------------------------------------------------------------------- fidelity and stability

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from monai_xai.errors import InputError
 from monai_xai.explainer import Explainer
 from monai_xai.grids import affine_of
-from monai_xai.grounding import of_finding, of_model, of_shortcuts
+from monai_xai.grounding import of_deletion, of_finding, of_model, of_shortcuts
 from monai_xai.grounding.drafts import Cohort, Draft, settle, unavailable
 from monai_xai.grounding.evidence import Evidence, Opened, mean_of_known, open_case, signed_maps
 from monai_xai.grounding.places import name_places, shares_of_places
@@ -32,7 +32,7 @@ from monai_xai.networks import unwrap
 
 Masks = Mapping[str, Tensor]
 TITLES = {
-    "T1": of_model.T1, "T2": of_model.T2, "T3": of_model.T3, "T4": of_model.T4, "T5": of_model.T5,
+    "T1": of_model.T1, "T2": of_model.T2, "T3": of_model.T3, "T4": of_model.T4, "T5": of_deletion.T5,
     "T6": of_model.T6, "T7": of_finding.T7, "T8": of_finding.T8, "T9": of_finding.T9, "T10": of_shortcuts.T10,
     "T11": of_finding.T11, "T12": of_finding.T12, "T13": of_finding.T13,
 }  # fmt: skip
@@ -200,7 +200,7 @@ def _judge_costly(cohort: Cohort, network: nn.Module) -> list[Draft]:
     of_model.follow_cascade(cohort, network)
     t6, again = of_model.judge_stability(cohort, network)
     return [
-        of_model.judge_deletion(cohort, network),
+        of_deletion.judge_deletion(cohort, network),
         t6,
         of_finding.judge_repeatability(cohort, again),
         of_finding.judge_modalities(cohort, network),

@@ -54,8 +54,9 @@ class GroundingSettings:
             but for T5 to decide.
         same_class: T4: likewise for maps of two classes.
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
-        gain: T5: smallest mean gain over the map shifted, as a share of the gain that the map claims: with many cases
-            the chance that a wrong map brushes the right place is significant, too.
+        gain: T5: smallest mean gain over the map shifted, as a share of what is attainable, by the map itself or by
+            Integrated Gradients against the imputed image: with many cases the chance that a wrong map brushes the
+            right place is significant, too.
         outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
             the edge of the body, was seen to leave up to 24 % there, see docs/how_to/ground.rst.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).

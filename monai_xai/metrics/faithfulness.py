@@ -65,8 +65,6 @@ class Curve:
         raw: the scores in units of the target, shape (N, S).
         clean: the score of the input, shape (N,).
         emptied: the score with all features taken away, shape (N,).
-        claimed: what the map says is gone: its sum over the features that are taken away, as a share of that of all
-            features for which it is positive, shape (N, S); NaN if there are none.
         evaluations: how often the network was evaluated on all (active) windows, on average.
     """
 
@@ -77,7 +75,6 @@ class Curve:
     raw: Tensor
     clean: Tensor
     emptied: Tensor
-    claimed: Tensor
     evaluations: float
 
     @property
@@ -104,7 +101,6 @@ def deletion_curve(
     within: Tensor | None = None,
     keep: Tensor | None = None,
     score: TargetLike | None = None,
-    claim: Explained | None = None,
     seed: int = 0,
 ) -> Curve:
     """Take features away, the most relevant first, and look at what becomes of the score.
@@ -128,7 +124,6 @@ def deletion_curve(
         within: features outside of this mask (the body) stay, shape (N, 1, *spatial).
         keep: voxels of this mask stay, such as the predicted mask for a curve of the context alone.
         score: what is scored; None is the explainer's own target. ``DiceScore`` gives the Dice drop.
-        claim: the map that is asked what it says is gone, where the order is that of another, such as its control.
         seed: of the order of ties.
 
     Raises:
@@ -138,7 +133,7 @@ def deletion_curve(
     (doi:10.1109/TNNLS.2016.2599820); Petsiuk et al., "RISE", BMVC 2018 (arXiv:1806.07421).
     """
     options = _CurveOptions(
-        label, explanation, features, imputer, steps, until, order, within, keep, score, claim, seed
+        label, explanation, features, imputer, steps, until, order, within, keep, score, seed
     )
     return _curve(explainer, network, inputs, options, inserts=False)
 
@@ -156,7 +151,6 @@ class CurveOptions(TypedDict, total=False):
     within: Tensor | None
     keep: Tensor | None
     score: TargetLike | None
-    claim: Explained | None
     seed: int
 
 
@@ -200,7 +194,6 @@ class _CurveOptions:
     within: Tensor | None = None
     keep: Tensor | None = None
     score: TargetLike | None = None
-    claim: Explained | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -233,16 +226,13 @@ def _curve(
             options, features=asked.placed(options.features), imputer=asked.placed(options.imputer)
         )
         players = Players.of(options.features, scoring, options.within, options.keep)
-        maps = maps_of(explained, scoring)
-        values, present = _worth(explainer.attributor, maps, players)
-        removals = _removals(values, present, options, inserts)
-        claim = maps if options.claim is None else maps_of(options.claim, scoring)
-        claimed = _claims(players.sums(claim), removals)
+        values, present = _worth(explainer.attributor, maps_of(explained, scoring), players)
+        ranks = _ranks(values if options.order == "most" else -values, present, options.seed)
         cached = CachedScore(scoring)
         clean = _known_score(explained, asked) if own_score else None
         clean = cached.pin(scoring.values) if clean is None else clean
-        raw, emptied = _walk(cached, players, removals, present, clean, options, inserts)
-    return _normalize(options, raw, clean, emptied, values, present, claimed, cached.evaluations)
+        raw, emptied = _walk(cached, players, ranks, present, clean, options, inserts)
+    return _normalize(options, raw, clean, emptied, values, present, cached.evaluations)
 
 
 def _known_score(explained: Explained, asked: OpenQuestion) -> Tensor | None:
@@ -252,32 +242,21 @@ def _known_score(explained: Explained, asked: OpenQuestion) -> Tensor | None:
     return None
 
 
-def _removals(values: Tensor, present: Tensor, options: _CurveOptions, inserts: bool) -> list[Tensor]:
-    """Return which features are gone at each point of the curve, each of shape (N, K), bool."""
-    ranks = _ranks(values if options.order == "most" else -values, present, options.seed)
-    counts = present.sum(1, keepdim=True)
-    taken = [ranks < (fraction * counts + 0.5).floor() for fraction in options.fractions().tolist()]
-    return [present & ~before if inserts else present & before for before in taken]
-
-
-def _claims(sums: Tensor, removals: Sequence[Tensor]) -> Tensor:
-    """Return the share of a map's positive sums that it gives to what is gone, shape (N, S)."""
-    gone = torch.stack([(sums * removed).sum(1) for removed in removals], 1)
-    positive = sums.clamp(min=0).sum(1, keepdim=True)
-    return (gone / positive).masked_fill(positive == 0, torch.nan)
-
-
 def _walk(
     cached: CachedScore,
     players: Players,
-    steps: Sequence[Tensor],
+    ranks: Tensor,
     present: Tensor,
     clean: Tensor,
     options: _CurveOptions,
     inserts: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return scores along the curve (N, S), and with all features taken away (N,)."""
-    known = [fraction == (1 if inserts else 0) for fraction in options.fractions().tolist()]
+    counts = present.sum(1, keepdim=True)
+    fractions = options.fractions().tolist()
+    taken = [ranks < (fraction * counts + 0.5).floor() for fraction in fractions]
+    steps = [present & ~before if inserts else present & before for before in taken]
+    known = [fraction == (1 if inserts else 0) for fraction in fractions]
     asked = [step for step, is_clean in zip(steps, known, strict=True) if not is_clean]
     # Without all features stands beside the step that equals it, so that it is found once.
     removals = [present, *asked] if inserts else [*asked, present]
@@ -307,7 +286,6 @@ def _normalize(
     emptied: Tensor,
     values: Tensor,
     present: Tensor,
-    claimed: Tensor,
     evaluations: float,
 ) -> Curve:
     floor = rounding(clean, emptied.to(clean))
@@ -325,7 +303,7 @@ def _normalize(
     )
     scores = scores.masked_fill(found.values.isnan()[:, None], torch.nan)
     fractions = options.fractions().to(scores.device)
-    return Curve(fractions, scores, found.values, found.reasons, raw, clean, emptied, claimed, evaluations)
+    return Curve(fractions, scores, found.values, found.reasons, raw, clean, emptied, evaluations)
 
 
 def _worth(attributor: Attributor, maps: Tensors, players: Players) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,217 @@
+"""T5, of the first gate: does the score fall when what the map highlights is taken away?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+
+from monai_xai.attributors import IntegratedGradients
+from monai_xai.baselines import BaselineLike
+from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError
+from monai_xai.grounding.drafts import Cohort, Draft, measured
+from monai_xai.grounding.evidence import (
+    Evidence,
+    Maps,
+    edges,
+    intensity,
+    mean_of_known,
+    noise,
+    shifted_maps,
+)
+from monai_xai.grounding.words import GroundingSettings
+from monai_xai.metrics.faithfulness import deletion_curve, insertion_curve
+from monai_xai.metrics.questions import explain_again
+from monai_xai.statistics import signed_rank_test
+
+T5 = "Removing what is highlighted matters"
+_FEWEST_FOR_BANDS = 5
+_BEST = "Integrated Gradients against the imputed image"
+_FEW_STEPS = 8  # enough for an order
+_LEAST_ATTAINABLE = 0.05  # of the change of the score when all is imputed
+
+
+def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
+    """T5: the map takes more from the score than copies of itself that lie elsewhere, under every imputer.
+
+    How much more is held against what is attainable, so that evidence that is spread over much of the body, or that
+    the network has more than enough of, is not taken for none. Insertion is drawn beside it, and decides nothing.
+    """
+    settings = cohort.settings
+    followed = cohort.each(lambda e: _by_imputer(e, network, settings), "deletion")
+    gains, p_values, said = [], [], []
+    for name in settings.imputers:
+        found = [case[name] for case in followed.values()]
+        gains.append([_Gain.of(case) for case in found])
+        p_values.append(signed_rank_test([gain.own for gain in gains[-1]]))
+        said.append(_against_controls(name, [case.areas for case in found]))
+        _draw(cohort, name, found)
+    mean_gains = [_Gain(*np.mean(each, axis=0)) for each in zip(*gains, strict=True)]
+    own, best, whole = np.mean(mean_gains, axis=0)
+    attainable, least = max(own, best), _LEAST_ATTAINABLE * whole
+    unit = max(attainable, least) or 1.0
+    p = max(p_values, key=lambda value: math.inf if math.isnan(value) else value)
+    test = measured(
+        cohort, "T5", T5, "Q1",
+        {e.id: gain.own / unit for e, gain in zip(cohort.cases, mean_gains, strict=True)}, p=p,
+        origin="[L] Samek et al. 2017; control by shifts, and its size [E]",
+        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and {settings.gain:.0%} or "
+        "more of the gain that is attainable",
+    )  # fmt: skip
+    facts = (
+        f"The gain over the map shifted is {test.value:.0%} of what is attainable, by the map or by {_BEST}, and that "
+        f"is {attainable / (whole or 1.0):.0%} of the change of the score when all is imputed. {' '.join(said)}"
+    )
+    if not attainable > least:
+        missed = f"{facts} No order takes much more than another, so that deletion tells nothing."
+        return Draft(test, missed=missed, settled="INCONCLUSIVE")
+    if p < settings.alpha and test.value < settings.gain:
+        is_certain = test.interval[1] < settings.gain and test.n >= settings.min_cases
+        little = f"{facts} At least {settings.gain:.0%} is asked."
+        return Draft(test, missed=little, settled="FAIL" if is_certain else "INCONCLUSIVE")
+    missed = (
+        "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."
+    )
+    return Draft(test, f"Removing it takes more than removing the map shifted. {facts}", f"{missed} {facts}")
+
+
+Changes = Mapping[str, np.ndarray]
+"""How far the score has fallen along the deletion curve (or risen along insertion), shape (steps,), by the order."""
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """The curves of one case under one imputer.
+
+    Args:
+        deleted: by order.
+        inserted: likewise; empty if not asked for.
+        whole: how far the score moves when all is imputed.
+    """
+
+    deleted: Changes
+    inserted: Changes
+    whole: float
+
+    @property
+    def areas(self) -> dict[str, float]:
+        """Mean falls along the deletion curves."""
+        return {order: float(falls.mean()) for order, falls in self.deleted.items()}
+
+
+class _Gain(NamedTuple):
+    """What the map, and the order to beat, take more than the map shifted, and how far the score can move."""
+
+    own: float
+    best: float
+    whole: float
+
+    @classmethod
+    def of(cls, case: _Followed) -> _Gain:
+        areas = case.areas
+        shifted = areas["map shifted"]
+        return cls(areas["map"] - shifted, areas.get(_BEST, areas["map"]) - shifted, case.whole)
+
+
+def _orders(e: Evidence, settings: GroundingSettings) -> list[tuple[str, Maps]]:
+    """Return the map and its controls, by what they are; several of a kind are averaged."""
+    orders: list[tuple[str, Maps]] = [("map", e.maps)]
+    orders += [("map shifted", maps) for maps in shifted_maps(e, settings.n_shifts, settings.seed)]
+    orders += [("Sobel", edges(e)), ("intensity", intensity(e))] if settings.controls else []
+    return orders + [("random", noise(e, settings.seed + 1 + i)) for i in range(settings.n_orders)]
+
+
+def _by_imputer(e: Evidence, network: nn.Module, settings: GroundingSettings) -> dict[str, _Followed]:
+    """Return curves by the name of the imputer."""
+    orders, found = _orders(e, settings), {}
+    for name, given in settings.imputers.items():
+        best = _order_to_beat(e, network, e.imputer(given))
+        asked = [*orders, (_BEST, best)] if best else orders
+        deleted, whole = _follow(e, network, settings, name, asked)
+        inserted, _ = (
+            _follow(e, network, settings, name, orders, inserts=True) if settings.insertion else ({}, 0.0)
+        )
+        found[name] = _Followed(deleted, inserted, whole)
+    return found
+
+
+def _order_to_beat(e: Evidence, network: nn.Module, imputer: BaselineLike) -> Maps | None:
+    """Return Integrated Gradients from the imputed image: what these removals take, found in another way.
+
+    None where the network, or the imputer, does not allow it.
+    """
+    method = IntegratedGradients(n_steps=_FEW_STEPS, baseline=imputer)
+    try:
+        found = explain_again(replace(e.explainer, attributor=method), network, e.inputs)
+    except (AttributionError, InputError, UnsupportedNetworkError):
+        return None
+    return e.judged(found)
+
+
+def _follow(
+    e: Evidence,
+    network: nn.Module,
+    settings: GroundingSettings,
+    imputer: str,
+    orders: Sequence[tuple[str, Maps]],
+    *,
+    inserts: bool = False,
+) -> tuple[Changes, float]:
+    """Return how far the score falls as features go, or rises as they come back, and how far it moves in all."""
+    changes: dict[str, list[np.ndarray]] = {}
+    follow = insertion_curve if inserts else deletion_curve
+    for name, maps in orders:
+        curve = follow(
+            e.explainer, network, e.inputs, explanation=maps, features=e.blocks(settings),
+            imputer=e.imputer(settings.imputers[imputer]), steps=settings.steps, until=e.until(settings),
+            seed=settings.seed,
+        )  # fmt: skip
+        change = (curve.raw - curve.emptied[:, None] if inserts else curve.clean[:, None] - curve.raw)[0]
+        change = (change.abs() if e.is_unsigned else change).double()
+        changes.setdefault(name, []).append(change.cpu().numpy())
+    whole = float((curve.clean.to(curve.emptied) - curve.emptied).abs()[0])
+    return {name: np.mean(found, axis=0) for name, found in changes.items()}, whole
+
+
+def _draw(cohort: Cohort, imputer: str, found: Sequence[_Followed]) -> None:
+    """Keep the curves of the page."""
+    lost = [{order: -falls for order, falls in case.deleted.items()} for case in found]
+    cohort.curves |= _mean_curves(f"deletion, imputed by {imputer}", lost, cohort.settings)
+    if cohort.settings.insertion:
+        gained = [case.inserted for case in found]
+        cohort.curves |= _mean_curves(f"insertion, imputed by {imputer}", gained, cohort.settings)
+
+
+def _mean_curves(
+    group: str, cases: Sequence[Changes], settings: GroundingSettings
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Return the curves of the page: means over cases, from 5 cases on with 95 % bootstrap bands."""
+    x = tuple(np.linspace(0, settings.until, settings.steps).tolist())
+    curves = {}
+    for name in cases[0]:
+        rows = np.stack([case[name] for case in cases if name in case])
+        curves[f"{group}: {name}"] = {"x": x, "y": tuple(rows.mean(0).tolist()), **_band(rows, settings.seed)}
+    return curves
+
+
+def _band(rows: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:
+    """Return the 95 % percentile bootstrap interval of a mean over cases, point by point, rows of shape (cases, S)."""
+    if len(rows) < _FEWEST_FOR_BANDS:
+        return {}
+    chosen = np.random.default_rng(seed).integers(0, len(rows), size=(1000, len(rows)))
+    low, high = np.quantile(rows[chosen].mean(1), [0.025, 0.975], axis=0)
+    return {"low": tuple(low.tolist()), "high": tuple(high.tolist())}
+
+
+def _against_controls(imputer: str, areas: Sequence[Mapping[str, float]]) -> str:
+    """Say in how many cases the map takes more than each control."""
+    controls = [name for name in next(iter(areas), {}) if name not in ("map", _BEST)]
+    parts = []
+    for name in controls:
+        won = mean_of_known([float(found["map"] > found[name]) for found in areas])
+        parts.append(f"{name} {won:.0%}")
+    return f"Cases in which the map takes more, imputed by {imputer}: {', '.join(parts)}."
