@@ -30,7 +30,7 @@ from monai_xai.forward import Scoring
 from monai_xai.grounding import Grounding, GroundingCase, GroundingSettings, ground
 
 TRUE_VERDICT = {"lesion": "GROUNDED", "tag": "FAITHFUL BUT OFF TARGET"}
-SEEDS = [1800, 1900, 2000]
+SEEDS = [2100, 2200, 2300]
 BLURRED = "integrated gradients, blurred baseline"
 BLUR = {2: Blur(4.0), 3: Blur(2.5)}  # an eighth of the image
 SHOWN = ("T2", "T5", "T6", "T7", "T8", "T9", "T10")
@@ -281,16 +281,21 @@ def main() -> None:
         "",
         "Written by `python -m benchmarks.calibration`. Networks that are known to use the lesion, or a tag in the "
         "corner, are judged with true maps and with five impostors. Values of T2 are the similarity to maps of random "
-        "weights, of T5 the gain over the map shifted as a share of what the map claims, of T7 the share of the map in "
+        "weights, of T5 the gain over the map shifted as a share of what is attainable, of T7 the share of the map in "
         "the lesion, of T10 the share outside of the body. Cells say in how many runs a test passed of those in which "
         "it was done, and the range of its value; na: not done, since T2 had settled it.",
         "",
         f"Written in one run on {date.today()} (torch {torch.__version__}, seeds {chosen.seeds}: other data and other "
-        "networks with each). Tests, baseline and training were chosen on seeds 0 to 1500, and on none of these: T2 "
-        "(another training may give another map), T5 (half of the gain that the map claims), T8 (its null for "
-        "cohorts), T10 (10 % and not 5 %, features that reach out of the body). T6 compares values and not ranks, and "
-        "takes every block away in turn, since it had failed for maps of two bundles that were right. Networks in 3D "
-        "were trained too little before: they used the tag that says nothing, and each training another way.",
+        "networks with each). Tests, baseline and training were chosen on seeds 0 to 2000, and on none of these: T2 "
+        "(another training may give another map), T5 (at first any gain, then 20 %, 40 % of the change of the score, "
+        "half of what the map claims, now half of what is attainable), T8 (its null for cohorts), T10 (10 % and not "
+        "5 %, features that reach out of the body). T6 compares values and not ranks, and takes every block away in "
+        "turn, since it had failed for maps of two bundles that were right. Networks in 3D were trained too little "
+        "before: they used the tag that says nothing, and each training another way.",
+        "",
+        "The edges (Sobel), the center prior and the map of an untrained network do not depend on the weights, so that "
+        "T2 settles them; white noise and the true map that is moved are for T5. Lesions are small here: wide, "
+        "negative, mixed and flat evidence is in `tests/test_grounding.py`.",
         "",
         "True maps hold the image against the body without lesion, tag and texture, which is easier than what a user "
         "has: it is the truth of the phantom, it is what the body's mean puts in the place of a lesion in T5 and T9, "
