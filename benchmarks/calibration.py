@@ -295,7 +295,7 @@ def main() -> None:
         "",
         "The edges (Sobel), the center prior and the map of an untrained network do not depend on the weights, so that "
         "T2 settles them; white noise and the true map that is moved are for T5. Lesions are small here: wide, "
-        "negative, mixed and flat evidence is in `tests/test_grounding.py`.",
+        "negative, mixed and saturated evidence is in `tests/test_grounding.py`.",
         "",
         "True maps hold the image against the body without lesion, tag and texture, which is easier than what a user "
         "has: it is the truth of the phantom, it is what the body's mean puts in the place of a lesion in T5 and T9, "

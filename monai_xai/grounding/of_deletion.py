@@ -51,7 +51,7 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         said.append(_against_controls(name, [case.areas for case in found]))
         _draw(cohort, name, found)
     mean_gains = [_Gain(*np.mean(each, axis=0)) for each in zip(*gains, strict=True)]
-    own, best, whole = np.mean(mean_gains, axis=0)
+    own, best, whole = (mean_of_known(each) for each in zip(*mean_gains, strict=True))
     attainable, least = max(own, best), _LEAST_ATTAINABLE * whole
     unit = max(attainable, least) or 1.0
     p = max(p_values, key=lambda value: math.inf if math.isnan(value) else value)
@@ -132,9 +132,7 @@ def _by_imputer(e: Evidence, network: nn.Module, settings: GroundingSettings) ->
         best = _order_to_beat(e, network, e.imputer(given))
         asked = [*orders, (_BEST, best)] if best else orders
         deleted, whole = _follow(e, network, settings, name, asked)
-        inserted, _ = (
-            _follow(e, network, settings, name, orders, inserts=True) if settings.insertion else ({}, 0.0)
-        )
+        inserted = _follow(e, network, settings, name, orders, inserts=True)[0] if settings.insertion else {}
         found[name] = _Followed(deleted, inserted, whole)
     return found
 
