@@ -397,13 +397,37 @@ def test_a_confounder_is_found_in_a_small_body():
     assert _on_confounders(Cohort(cases, settings), {"scar": marks})["scar"] < 0.01
 
 
-@dataclass(frozen=True)
-class OnlyThePartner(Attributor):
-    """The true map of the weaker of two findings."""
+@dataclass(frozen=True, eq=False)
+class OnlyWhere(Attributor):
+    """A part of another map."""
+
+    where: torch.Tensor
+    attributor: Attributor
 
     def attribute(self, scoring):
-        found = COMPLETE["attributor"].attribute(scoring)
-        return replace(found, maps={"image": found.maps["image"] * disk(11, 11, 3.6)})
+        found = self.attributor.attribute(scoring)
+        return replace(found, maps={"image": found.maps["image"] * self.where})
+
+
+def OnlyThePartner():  # noqa: N802
+    """Return the true map of the weaker of two findings."""
+    return OnlyWhere(disk(11, 11, 3.6), COMPLETE["attributor"])
+
+
+class Capped(Reader):
+    """Has enough of the finding when a part of it is seen."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(max=80.0)
+
+
+class Breaking(Reader):
+    """Gives no number for the first case without its finding."""
+
+    def forward(self, x):
+        finding = (x[:, 0] * REGIONS["case0"]).flatten(1).sum(1) / REGIONS["case0"].sum()
+        breaks = (x[:, 0, -1, -1] == 7) & (finding < 2)
+        return super().forward(x).masked_fill(breaks[:, None], math.nan)
 
 
 @dataclass(frozen=True)
@@ -433,7 +457,7 @@ def test_a_gain_that_is_small_for_what_is_attainable_is_no_pass(n, status):
     assert test.p < 0.05
     assert 0.2 < test.value < test.interval[1] < GroundingSettings().gain
     assert test.status == status
-    assert "of what is attainable" in test.message
+    assert "that is attainable" in test.message
     assert "At least 50% is asked" in test.message
 
 
@@ -496,10 +520,50 @@ def test_where_no_order_takes_more_than_another_deletion_tells_nothing():
     assert "deletion tells nothing" in test.message
 
 
-def test_an_imputer_without_a_path_leaves_the_map_as_the_best_that_is_known():
-    test = deletion(imputers={"road": Road(), "road again": Road(noise=0.0)})
+class WithoutGradients(Reader):
+    """The same scores, through which nothing comes back."""
+
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("networks", "changes"),
+    [
+        (USES_LESION, {"imputers": {"road": Road(), "road again": Road(noise=0.0)}}),
+        ((WithoutGradients(BODY), WithoutGradients(BODY, seed=1)), {}),
+    ],
+    ids=["no path", "no gradients"],
+)
+def test_without_an_order_to_beat_a_part_of_the_change_of_the_score_is_asked(networks, changes):
+    occlusion = Occlusion((1, 3, 3), (1, 2, 2), Constant(0.0))
+    assert deletion(networks, occlusion, **changes).status == "PASS"
+    cases = [GroundingCase(case.id, case.inputs + 1.2 * PARTNER) for case in CASES]
+    assert deletion(networks, OnlyWhere(disk(11, 11, 3.6), occlusion), cases, **changes).status != "PASS"
+
+
+def test_an_imputer_under_which_nothing_is_attainable_makes_no_map_fail():
+    cases, _ = make_cases(radius=5.0)
+    networks = Capped(BODY), Capped(BODY, seed=1)
+    test = deletion(networks, cases=cases, imputers={"mean": "mean", "blur": Blur(1.0)})
+    assert test.status == "INCONCLUSIVE"
+    assert "nothing to tell imputed by blur" in test.message
+
+
+def test_a_score_that_is_not_finite_on_the_way_leaves_its_case_out():
+    marked = CASES[0].inputs.clone()
+    marked[..., -1, -1] = 7.0
+    broken = GroundingCase("case0", marked)
+    test = deletion((Breaking(BODY), Breaking(BODY, seed=1)), cases=[broken, *CASES[1:]])
     assert test.status == "PASS"
-    assert test.value == pytest.approx(1.0)
+    assert math.isnan(test.per_case["case0"])
+    assert test.n == N - 1
+
+
+@pytest.mark.parametrize("gain", [-0.1, 1.5])
+def test_a_gain_that_is_no_share_is_refused(gain):
+    with pytest.raises(InputError, match="share of what is attainable"):
+        GroundingSettings(gain=gain)
 
 
 @pytest.mark.parametrize(("radius", "verdict"), [(2.2, "GROUNDED"), (6.0, "INCONCLUSIVE")])

@@ -30,6 +30,7 @@ class Draft:
         missed: the sentence if it fails, or finds nothing.
         supply: what would make it possible, or stronger.
         settled: a status that no p-value changes.
+        may_fail: whether it fails where it does not pass, with cases enough; else that is INCONCLUSIVE.
     """
 
     test: GroundingTest
@@ -37,6 +38,7 @@ class Draft:
     missed: str = ""
     supply: str = ""
     settled: Status | None = None
+    may_fail: bool = True
 
 
 @dataclass
@@ -130,7 +132,7 @@ def settle(drafts: Sequence[Draft], settings: GroundingSettings) -> tuple[list[G
 
 def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> GroundingTest:
     test = replace(draft.test, p_corrected=corrected)
-    status = draft.settled or _status(test, settings)
+    status = draft.settled or _status(test, settings, may_fail=draft.may_fail)
     message = test.message or (draft.found if status == "PASS" else draft.missed)
     if status == "INCONCLUSIVE" and not test.message and not draft.settled:
         message = f"Not decided by {test.n} cases (p = {corrected:.2g})."
@@ -138,9 +140,9 @@ def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> Grou
     return replace(test, status=status, message=message)
 
 
-def _status(test: GroundingTest, settings: GroundingSettings) -> Status:
+def _status(test: GroundingTest, settings: GroundingSettings, *, may_fail: bool) -> Status:
     if math.isnan(test.p):
         return "INCONCLUSIVE"
     if test.p_corrected < settings.alpha:
         return "PASS"
-    return "FAIL" if test.n >= settings.min_cases else "INCONCLUSIVE"
+    return "FAIL" if may_fail and test.n >= settings.min_cases else "INCONCLUSIVE"

@@ -54,9 +54,11 @@ class GroundingSettings:
             but for T5 to decide.
         same_class: T4: likewise for maps of two classes.
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
-        gain: T5: smallest mean gain over the map shifted, as a share of what is attainable, by the map itself or by
-            Integrated Gradients against the imputed image: with many cases the chance that a wrong map brushes the
-            right place is significant, too.
+        gain: T5: smallest mean gain over the map shifted, as a share (0 to 1) of what Integrated Gradients from the
+            imputed image gain, or the map itself if that is more: with many cases the chance that a wrong map brushes
+            the right place is significant, too. Without gradients, of two fifths of the change of the score.
+        attainable: T5: smallest share of the change of the score, when all is imputed, that some order must gain, lest
+            the imputer tells nothing.
         outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
             the edge of the body, was seen to leave up to 24 % there, see docs/how_to/ground.rst.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
@@ -87,6 +89,7 @@ class GroundingSettings:
     same_class: float = 0.9
     gap: float = 0.05
     gain: float = 0.5
+    attainable: float = 0.05
     outside: float = 0.1
     agreement: float = 0.75
     min_places: int = 100
@@ -115,6 +118,10 @@ class GroundingSettings:
             raise InputError(
                 "GroundingSettings(imputers=...) needs two or more: one of them alone may fool the network. "
                 'Such as {"mean": "mean", "blur": Blur()}.'
+            )
+        if not 0 <= self.gain <= 1:
+            raise InputError(
+                f"GroundingSettings(gain={self.gain}) is a share of what is attainable, from 0 to 1."
             )
         if not 0 < self.alpha < 1 or min(self.n_random, self.n_shifts, self.n_region_shifts) < 1:
             raise InputError(
