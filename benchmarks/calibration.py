@@ -140,7 +140,10 @@ class Row:
     seconds: float
     seed: int
     effects: dict[str, float]
-    is_blurred: bool
+
+    @property
+    def is_blurred(self) -> bool:
+        return self.method == BLURRED
 
     @property
     def is_right(self) -> bool:
@@ -161,8 +164,7 @@ def judge(
             expected = TRUE_VERDICT[uses] if is_true else "ARTIFACT"
             start = time.perf_counter()
             found = judge_one(attributor, network, second, data, settings)
-            seconds = time.perf_counter() - start
-            yield Row(shape, uses, name, expected, found, seconds, seed, moved, name == BLURRED)
+            yield Row(shape, uses, name, expected, found, time.perf_counter() - start, seed, moved)
 
 
 def judge_one(

@@ -409,9 +409,13 @@ class OnlyWhere(Attributor):
         return replace(found, maps={"image": found.maps["image"] * self.where})
 
 
-def OnlyThePartner():  # noqa: N802
-    """Return the true map of the weaker of two findings."""
-    return OnlyWhere(disk(11, 11, 3.6), COMPLETE["attributor"])
+WEAKER = disk(11, 11, 3.6)
+ONLY_THE_WEAKER = OnlyWhere(WEAKER, COMPLETE["attributor"])
+
+
+def with_a_weaker(strength, n=N):
+    """Return cases with a second finding, which is weaker than the marked one."""
+    return [GroundingCase(case.id, case.inputs + strength * PARTNER) for case in CASES[:n]]
 
 
 class Capped(Reader):
@@ -452,8 +456,7 @@ def deletion(networks=USES_LESION, attributor=None, cases=CASES, **changes):
 
 @pytest.mark.parametrize(("n", "status"), [(N, "FAIL"), (N - 1, "INCONCLUSIVE")])
 def test_a_gain_that_is_small_for_what_is_attainable_is_no_pass(n, status):
-    cases = [GroundingCase(case.id, case.inputs + 1.8 * PARTNER) for case in CASES[:n]]
-    test = deletion(attributor=OnlyThePartner(), cases=cases)
+    test = deletion(attributor=ONLY_THE_WEAKER, cases=with_a_weaker(1.8, n))
     assert test.p < 0.05
     assert 0.2 < test.value < test.interval[1] < GroundingSettings().gain
     assert test.status == status
@@ -461,10 +464,13 @@ def test_a_gain_that_is_small_for_what_is_attainable_is_no_pass(n, status):
     assert "At least 50% is asked" in test.message
 
 
-@pytest.mark.parametrize("by", [-10.0, 0.3, 10.0])
-def test_a_constant_makes_no_map_better_or_worse(by):
-    for attributor in (COMPLETE["attributor"], OnlyThePartner()):
-        plain, raised = deletion(attributor=attributor), deletion(attributor=Raised(attributor, by))
+@pytest.mark.parametrize("attributor", [COMPLETE["attributor"], ONLY_THE_WEAKER], ids=["true", "weaker"])
+def test_a_constant_makes_no_map_better_or_worse(attributor):
+    cases = with_a_weaker(1.8)
+    plain = deletion(attributor=attributor, cases=cases)
+    assert (plain.status == "PASS") == (attributor is not ONLY_THE_WEAKER)
+    for by in (-10.0, 0.3, 10.0):
+        raised = deletion(attributor=Raised(attributor, by), cases=cases)
         assert raised.status == plain.status
         assert raised.value == pytest.approx(plain.value, abs=0.1)  # ties are broken at random
 
@@ -538,8 +544,8 @@ class WithoutGradients(Reader):
 def test_without_an_order_to_beat_a_part_of_the_change_of_the_score_is_asked(networks, changes):
     occlusion = Occlusion((1, 3, 3), (1, 2, 2), Constant(0.0))
     assert deletion(networks, occlusion, **changes).status == "PASS"
-    cases = [GroundingCase(case.id, case.inputs + 1.2 * PARTNER) for case in CASES]
-    assert deletion(networks, OnlyWhere(disk(11, 11, 3.6), occlusion), cases, **changes).status != "PASS"
+    impostor = OnlyWhere(WEAKER, occlusion)
+    assert deletion(networks, impostor, with_a_weaker(1.2), **changes).status != "PASS"
 
 
 def test_an_imputer_under_which_nothing_is_attainable_makes_no_map_fail():

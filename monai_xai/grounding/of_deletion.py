@@ -34,12 +34,14 @@ T5 = "Removing what is highlighted matters"
 _FEWEST_FOR_BANDS = 5
 _BEST = "Integrated Gradients against the imputed image"
 _FEW_STEPS = 8  # enough for an order
-_WITHOUT_GRADIENTS = 0.4  # of the change of the score, in place of the former
+_WITHOUT_GRADIENTS = (
+    0.4  # of the change of the score: what the order to beat is taken to gain where there is none
+)
+_ROUNDING = 1e-9  # of the change of the score: less is no gain
 _CURE = (
     "Imputers ask what differs from the mean of the body, or from its surroundings: a map against quite another "
     "baseline answers another question. Choose a baseline like them, or imputers like it."
 )
-
 
 Changes = Mapping[str, np.ndarray]
 """How far the score has fallen along the deletion curve (or risen along insertion), shape (steps,), by the order."""
@@ -95,16 +97,20 @@ class _Under:
     least: float
 
     @cached_property
-    def attainable(self) -> float:
-        """The mean gain of the map, or of the order to beat if that is larger; NaN if nothing is known."""
+    def means(self) -> _Gain:
+        """Over the cases of which all is known; NaN if there are none."""
         known = self.gains[~np.isnan(self.gains).any(1)]
-        return float(known[:, :2].mean(0).max()) if len(known) else math.nan
+        return _Gain(*known.mean(0)) if len(known) else _Gain(math.nan, math.nan, math.nan)
+
+    @property
+    def attainable(self) -> float:
+        """The mean gain of the map, or of the order to beat if that is larger."""
+        return max(self.means.own, self.means.best)
 
     @property
     def tells(self) -> bool:
         """Whether any order takes much more than another."""
-        whole = float(np.nanmean(self.gains[:, 2])) if not math.isnan(self.attainable) else math.nan
-        return self.attainable > max(self.least * whole, 1e-9 * whole) > 0
+        return self.attainable > max(self.least, _ROUNDING) * self.means.whole > 0
 
     @property
     def p(self) -> float:
@@ -112,10 +118,8 @@ class _Under:
 
     @property
     def words(self) -> str:
-        share = np.nanmean(self.gains[:, 0]) / self.attainable if self.tells else math.nan
-        return (
-            f"{share:.0%} imputed by {self.name}" if self.tells else f"nothing to tell imputed by {self.name}"
-        )
+        share = f"{self.means.own / self.attainable:.0%}" if self.tells else "nothing to tell"
+        return f"{share} imputed by {self.name}"
 
 
 def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
@@ -178,10 +182,13 @@ def _by_imputer(e: Evidence, network: nn.Module, settings: GroundingSettings) ->
     """Return curves by the name of the imputer."""
     orders, found = _orders(e, settings), {}
     for name, given in settings.imputers.items():
-        best = _order_to_beat(e, network, e.imputer(given))
+        imputer = e.imputer(given)
+        best = _order_to_beat(e, network, imputer)
         asked = [*orders, (_BEST, best)] if best else orders
-        deleted, whole = _follow(e, network, settings, name, asked)
-        inserted = _follow(e, network, settings, name, orders, inserts=True)[0] if settings.insertion else {}
+        deleted, whole = _follow(e, network, settings, imputer, asked)
+        inserted = (
+            _follow(e, network, settings, imputer, orders, inserts=True)[0] if settings.insertion else {}
+        )
         found[name] = _Followed(deleted, inserted, whole)
     return found
 
@@ -205,7 +212,7 @@ def _follow(
     e: Evidence,
     network: nn.Module,
     settings: GroundingSettings,
-    imputer: str,
+    imputer: BaselineLike,
     orders: Sequence[tuple[str, Maps]],
     *,
     inserts: bool = False,
@@ -216,8 +223,7 @@ def _follow(
     for name, maps in orders:
         curve = follow(
             e.explainer, network, e.inputs, explanation=maps, features=e.blocks(settings),
-            imputer=e.imputer(settings.imputers[imputer]), steps=settings.steps, until=e.until(settings),
-            seed=settings.seed,
+            imputer=imputer, steps=settings.steps, until=e.until(settings), seed=settings.seed,
         )  # fmt: skip
         change = (curve.raw - curve.emptied[:, None] if inserts else curve.clean[:, None] - curve.raw)[0]
         change = (change.abs() if e.is_unsigned else change).double()

@@ -60,7 +60,7 @@ class GroundingSettings:
         attainable: T5: smallest share of the change of the score, when all is imputed, that some order must gain, lest
             the imputer tells nothing.
         outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
-            the edge of the body, was seen to leave up to 24 % there, see docs/how_to/ground.rst.
+            the edge of the body, may leave more than that there, see docs/how_to/ground.rst.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
