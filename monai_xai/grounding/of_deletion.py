@@ -34,9 +34,7 @@ T5 = "Removing what is highlighted matters"
 _FEWEST_FOR_BANDS = 5
 _BEST = "Integrated Gradients against the imputed image"
 _FEW_STEPS = 8  # enough for an order
-_WITHOUT_GRADIENTS = (
-    0.4  # of the change of the score: what the order to beat is taken to gain where there is none
-)
+_WITHOUT_GRADIENTS = 0.4  # of the change of the score: what is attainable where there is no order to beat
 _ROUNDING = 1e-9  # of the change of the score: less is no gain
 _CURE = (
     "Imputers ask what differs from the mean of the body, or from its surroundings: a map against quite another "
