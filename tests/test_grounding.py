@@ -566,6 +566,27 @@ def test_a_score_that_is_not_finite_on_the_way_leaves_its_case_out():
     assert test.n == N - 1
 
 
+def test_thresholds_are_printed_as_they_were_set():
+    changed = replace(
+        SETTINGS, met=0.7, unchanged=0.85, gain=0.45, gain_steps=3, attainable=0.07, outside=0.2, top=0.3
+    )
+    found = judge(attributor=COMPLETE["attributor"], settings=changed)
+    printed = {test.id: f"{test.threshold}; {test.origin}" for test in found.tests}
+    for name, figures in {
+        "P1": ["70%"], "P3": ["70%"], "T2": ["0.85"], "T5": ["45%", "3 steps", "40%", "7%"], "T10": ["0.2", "30%"],
+    }.items():  # fmt: skip
+        assert all(figure in printed[name] for figure in figures), printed[name]
+
+
+def test_without_gradients_a_share_of_the_change_of_the_score_stands_for_what_is_attainable():
+    networks = WithoutGradients(BODY), WithoutGradients(BODY, seed=1)
+    few, many = (
+        deletion(networks, attributor=Occlusion((1, 1, 1), baseline=0.0), gain_alone=alone)
+        for alone in (1.0, 0.1)
+    )
+    assert few.value < many.value
+
+
 @pytest.mark.parametrize("gain", [-0.1, 1.5])
 def test_a_gain_that_is_no_share_is_refused(gain):
     with pytest.raises(InputError, match="share of what is attainable"):

@@ -33,8 +33,6 @@ from monai_xai.statistics import interval, signed_rank_test
 T5 = "Removing what is highlighted matters"
 _FEWEST_FOR_BANDS = 5
 _BEST = "Integrated Gradients against the imputed image"
-_FEW_STEPS = 8  # enough for an order
-_WITHOUT_GRADIENTS = 0.4  # of the change of the score: what is attainable where there is no order to beat
 _ROUNDING = 1e-9  # of the change of the score: less is no gain
 _CURE = (
     "Imputers ask what differs from the mean of the body, or from its surroundings: a map against quite another "
@@ -73,10 +71,11 @@ class _Gain(NamedTuple):
     whole: float
 
     @classmethod
-    def of(cls, case: _Followed) -> _Gain:
+    def of(cls, case: _Followed, alone: float) -> _Gain:
+        """Where there is no order to beat, this share of the change of the score stands for its gain."""
         areas = case.areas
         shifted = areas["map shifted"]
-        best = areas[_BEST] - shifted if _BEST in areas else _WITHOUT_GRADIENTS * case.whole
+        best = areas[_BEST] - shifted if _BEST in areas else alone * case.whole
         return cls(areas["map"] - shifted, best, case.whole)
 
 
@@ -131,7 +130,7 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     under, said = [], []
     for name in settings.imputers:
         found = [case[name] for case in followed.values()]
-        under.append(_Under(name, np.array([_Gain.of(case) for case in found]), settings.attainable))
+        under.append(_Under(name, _gains(found, settings), settings.attainable))
         said.append(_against_controls(name, [case.areas for case in found]))
         _draw(cohort, name, found)
     telling = [each for each in under if each.tells]
@@ -141,7 +140,8 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         p=max((each.p for each in telling), key=lambda p: math.inf if math.isnan(p) else p, default=math.nan),
         origin="[L] Samek et al. 2017; control by shifts [E]; its size, against Sundararajan et al. 2017 [E]",
         threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and {settings.gain:.0%} or "
-        f"more of the gain that {_BEST} attain, where that is {settings.attainable:.0%} of the change of the score",
+        f"more of the gain that {_BEST} ({settings.gain_steps} steps) attain, or of {settings.gain_alone:.0%} of the "
+        f"change of the score without gradients, where that is {settings.attainable:.0%} of this change",
     )  # fmt: skip
     facts = (
         f"Of the gain over the map shifted that is attainable (by {_BEST}, or by itself if that is more), the map has "
@@ -159,6 +159,10 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
     )
     passed = f"Removing it takes more than removing the map shifted. {facts}"
     return Draft(test, passed, f"{missed} {facts}", may_fail=may_fail)
+
+
+def _gains(found: Sequence[_Followed], settings: GroundingSettings) -> np.ndarray:
+    return np.array([_Gain.of(case, settings.gain_alone) for case in found])
 
 
 def _kept(telling: Sequence[_Under], asked: float) -> np.ndarray:
@@ -181,7 +185,7 @@ def _by_imputer(e: Evidence, network: nn.Module, settings: GroundingSettings) ->
     orders, found = _orders(e, settings), {}
     for name, given in settings.imputers.items():
         imputer = e.imputer(given)
-        best = _order_to_beat(e, network, imputer)
+        best = _order_to_beat(e, network, imputer, settings.gain_steps)
         asked = [*orders, (_BEST, best)] if best else orders
         deleted, whole = _follow(e, network, settings, imputer, asked)
         inserted = (
@@ -191,12 +195,12 @@ def _by_imputer(e: Evidence, network: nn.Module, settings: GroundingSettings) ->
     return found
 
 
-def _order_to_beat(e: Evidence, network: nn.Module, imputer: BaselineLike) -> Maps | None:
+def _order_to_beat(e: Evidence, network: nn.Module, imputer: BaselineLike, steps: int) -> Maps | None:
     """Return Integrated Gradients from the imputed image: what these removals take, found in another way.
 
     None where the network, or the imputer, does not allow it. Takes as many passes forth and back as it has steps.
     """
-    method = IntegratedGradients(n_steps=_FEW_STEPS, baseline=imputer)
+    method = IntegratedGradients(n_steps=steps, baseline=imputer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of gradients that were not asked for

@@ -49,7 +49,6 @@ T11, T12 = "Maps of right predictions lie better", "Another scan or network tell
 T13 = "The map credits the modalities that the network uses"
 REGIONS = "masks of the finding: regions={case id: mask}"
 OTHERS = "masks of other patients on the same grid: other_masks=[...]"
-_RESIDUAL = 1e-3  # of the change of the score, that Shapley values may miss
 
 
 def marked(cohort: Cohort) -> list[Evidence]:
@@ -315,7 +314,7 @@ def judge_modalities(cohort: Cohort, network: nn.Module) -> Draft:
     if any(value is None for value in credited.values()):
         why = "Not asked: the method gives one map for all channels."
         return unavailable("T13", T13, "Q2", why)
-    found, taus, focus, residuals = ModalityCohort(seed=cohort.settings.seed), {}, [], []
+    found, taus, focus, residuals = ModalityCohort(cohort.settings.collapse, cohort.settings.seed), {}, [], []
     by_case = cohort.each(lambda e: _shapley(e, network, cohort.settings.seed), "modalities")
     for e in cohort.cases:
         explained = by_case[e.id]
@@ -384,12 +383,13 @@ def _decide_modalities(
     cohort: Cohort, found: ModalityCohort, taus: Mapping[str, float], residual: float, focus: float,
     credited: Mapping[str, list[float] | None],
 ) -> Draft:  # fmt: skip
-    baseline = found.baselines[0]
+    settings, baseline = cohort.settings, found.baselines[0]
     rows = [row for row in found.rows() if row.baseline == baseline]
     collapsed = [row.modality for row in rows if row.collapsed]
     test = measured(
         cohort, "T13", T13, "Q2", taus, origin="[L] Jin et al. 2022; collapse [E]",
-        threshold="interval of tau above 0, residual <= 0.1 %, no modality below 1 %",
+        threshold=f"interval of tau above 0, residual <= {settings.residual:.1%}, no modality below "
+        f"{settings.collapse:.0%}",
     )  # fmt: skip
     most = found.modalities[int(np.argmax(np.mean([c for c in credited.values() if c is not None], axis=0)))]
     used = max(rows, key=lambda row: row.mean).modality
@@ -398,9 +398,10 @@ def _decide_modalities(
     facts += "" if math.isnan(focus) else f" MSFI {focus:.2f}."
     low = test.interval[0]
     if collapsed:
-        missed = f"{', '.join(collapsed)} contribute less than 1 %: the model hardly uses them. {facts}"
+        little = f"less than {settings.collapse:.0%}: the model hardly uses them"
+        missed = f"{', '.join(collapsed)} contribute {little}. {facts}"
         return Draft(said(test, missed), settled="FAIL")
-    if residual > _RESIDUAL:
+    if residual > settings.residual:
         return Draft(
             said(test, f"Shapley values miss {residual:.1%} of the change. {facts}"), settled="INCONCLUSIVE"
         )
@@ -409,5 +410,5 @@ def _decide_modalities(
     if low > 0:
         return Draft(said(test, facts), settled="PASS")
     missed = f"The map credits {most} most, the model relies on {used}. {facts}"
-    enough = test.n >= cohort.settings.min_cases
+    enough = test.n >= settings.min_cases
     return Draft(said(test, missed), settled="FAIL" if enough else "INCONCLUSIVE")

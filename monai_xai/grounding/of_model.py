@@ -31,7 +31,6 @@ P1, P2, P3 = "A map there is", "A prediction to explain", "Random weights change
 T1, T2 = "Contributions add up", "The map changes with random weights, and not with another training"
 T3, T4 = "The map changes with permuted labels", "Another class has another map"
 T6 = "The map predicts effects and survives another acquisition"
-_AT_LEAST = 0.5  # of the cases must meet a precondition
 
 
 def judge_preconditions(cohort: Cohort) -> list[Draft]:
@@ -54,8 +53,8 @@ def judge_preconditions(cohort: Cohort) -> list[Draft]:
             name: lack for name, ok in values.items() if not ok and name not in cohort.left_out
         }
         share = sum(values.values()) / max(number, 1)
-        ok = share >= _AT_LEAST
-        facts = measured(cohort, test, title, "P", values, threshold="half of the cases", origin=CHOICE)
+        ok = share >= cohort.settings.met
+        facts = measured(cohort, test, title, "P", values, threshold=_most(cohort), origin=CHOICE)
         found, missed = (
             f"In {share:.0%} of {number} cases.",
             f"In {share:.0%} of {number} cases only. {_why(cohort)}",
@@ -63,6 +62,10 @@ def judge_preconditions(cohort: Cohort) -> list[Draft]:
         drafts.append(Draft(facts, found, f"Nothing to explain. {missed}", settled="PASS" if ok else "FAIL"))
     cohort.cases = [e for e in cohort.cases if e.id not in cohort.left_out]
     return drafts
+
+
+def _most(cohort: Cohort) -> str:
+    return f"{cohort.settings.met:.0%} of the cases"
 
 
 def _why(cohort: Cohort) -> str:
@@ -100,10 +103,10 @@ def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | 
                 sims[name].append(similarity)
     share = mean_of_known(list(moved.values()))
     p3 = Draft(
-        measured(cohort, "P3", P3, "P", moved, threshold="half of the cases", origin=CHOICE),
+        measured(cohort, "P3", P3, "P", moved, threshold=_most(cohort), origin=CHOICE),
         f"In {share:.0%} of the cases.",
         f"In {share:.0%} of the cases only: the prediction does not depend on the weights.",
-        settled="PASS" if share >= _AT_LEAST else "FAIL",
+        settled="PASS" if share >= cohort.settings.met else "FAIL",
     )
     return p3, _compare(cohort, {name: mean_of_known(values) for name, values in sims.items()}, second)
 
@@ -170,7 +173,7 @@ def judge_permuted_labels(cohort: Cohort, permuted: nn.Module | None) -> Draft:
         return unavailable("T3", T3, "Q1", "Not asked: no network that was trained on permuted labels.")
     values = cohort.each(lambda e: _to(e, permuted), "permuted labels")
     return _not_the_same(cohort, "T3", T3, values, cohort.settings.unchanged, "a network trained on permuted labels",
-                         "[L] Adebayo et al. 2018; 0.9 is [E]")  # fmt: skip
+                         f"[L] Adebayo et al. 2018; {cohort.settings.unchanged:g} is [E]")  # fmt: skip
 
 
 def judge_classes(cohort: Cohort, network: nn.Module) -> Draft:
@@ -185,7 +188,7 @@ def judge_classes(cohort: Cohort, network: nn.Module) -> Draft:
     if all(map(math.isnan, values.values())):
         return unavailable("T4", T4, "Q1", "The other classes of this target are not known.")
     return _not_the_same(cohort, "T4", T4, values, cohort.settings.same_class, "another class",
-                         "[L] Sixt et al. 2020; 0.9 is [E]")  # fmt: skip
+                         f"[L] Sixt et al. 2020; {cohort.settings.same_class:g} is [E]")  # fmt: skip
 
 
 def _to_class(e: Evidence, network: nn.Module, seed: int) -> float:

@@ -18,7 +18,6 @@ from monai_xai.metrics.questions import ask
 from monai_xai.statistics import cohort_p, holm, interval, shift_null
 
 T10 = "No evidence outside of the body or on a confounder"
-_TOP = 0.1  # of the voxels, held against confounders
 
 
 def judge_shortcuts(
@@ -38,7 +37,7 @@ def judge_shortcuts(
     share = mean_of_known(list(outside.values()))
     test = measured(
         cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
-        f"{settings.alpha:g}", origin=CHOICE,
+        f"{settings.alpha:g} (the highest {settings.top:.0%} of the voxels)", origin=CHOICE,
     )  # fmt: skip
     if math.isnan(share) and not on:
         full = all(reached(e).all() for e in cohort.cases)
@@ -168,7 +167,7 @@ def _on_confounders(cohort: Cohort, confounders: Mapping[str, Mapping[str, Tenso
             body, share = e.body[0, 0], cohort.settings.inside
             is_inside = int((mask & body).sum()) >= share * int(mask.sum())
             among = body if is_inside else torch.ones_like(body)
-            lowest = values[among].topk(max(1, round(_TOP * int(among.sum())))).values[-1]
+            lowest = values[among].topk(max(1, round(cohort.settings.top * int(among.sum())))).values[-1]
             top = ((values >= lowest) & (values > 0) & among).double()
             tests.append(shift_null(top, mask, among, inside=share, min_places=cohort.settings.min_places))
         found[name] = cohort_p(tests, seed=cohort.settings.seed, n_draws=cohort.settings.n_draws)[1]

@@ -53,14 +53,21 @@ class GroundingSettings:
         little: T2: below this, the weights surely matter; that another training gives another map is then no failure,
             but for T5 to decide.
         same_class: T4: likewise for maps of two classes.
+        met: P1, P2, P3: smallest share of the cases that must meet a precondition.
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
         gain: T5: smallest mean gain over the map shifted, as a share (0 to 1) of what Integrated Gradients from the
             imputed image gain, or the map itself if that is more: with many cases the chance that a wrong map brushes
-            the right place is significant, too. Without gradients, of two fifths of the change of the score.
+            the right place is significant, too.
+        gain_steps: T5: steps of these Integrated Gradients; few are enough for an order.
+        gain_alone: T5: what stands for their gain where the network has no gradients, as a share of the change of the
+            score.
         attainable: T5: smallest share of the change of the score, when all is imputed, that some order must gain, lest
             the imputer tells nothing.
         outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
             the edge of the body, may leave more than that there, see docs/how_to/ground.rst.
+        top: T10: the highest voxels that are held against confounders, as a share of the body.
+        residual: T13: largest share of the change of the score that Shapley values may miss.
+        collapse: T13: a modality whose share is surely below this is hardly used.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
         min_places: T7: below this many places the region fills the body.
         inside: T7: which share of the region must stay inside the body where it is shifted.
@@ -87,10 +94,16 @@ class GroundingSettings:
     unchanged: float = 0.9
     little: float = 0.8
     same_class: float = 0.9
+    met: float = 0.5
     gap: float = 0.05
     gain: float = 0.5
+    gain_steps: int = 8
+    gain_alone: float = 0.4
     attainable: float = 0.05
     outside: float = 0.1
+    top: float = 0.1
+    residual: float = 0.001
+    collapse: float = 0.01
     agreement: float = 0.75
     min_places: int = 100
     inside: float = 0.95
@@ -123,9 +136,10 @@ class GroundingSettings:
             raise InputError(
                 f"GroundingSettings(gain={self.gain}) is a share of what is attainable, from 0 to 1."
             )
-        if not 0 < self.alpha < 1 or min(self.n_random, self.n_shifts, self.n_region_shifts) < 1:
+        counts = (self.n_random, self.n_shifts, self.n_region_shifts, self.gain_steps)
+        if not 0 < self.alpha < 1 or min(counts) < 1:
             raise InputError(
-                "GroundingSettings needs alpha in (0, 1), and n_random, n_shifts, n_region_shifts >= 1."
+                "GroundingSettings needs alpha in (0, 1), and n_random, n_shifts, n_region_shifts, gain_steps >= 1."
             )
 
     @classmethod
