@@ -8,7 +8,6 @@ there is nothing to be found (:mod:`benchmarks.chance`).
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 import warnings
 from collections.abc import Iterator
@@ -194,21 +193,15 @@ def measure(chosen: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """Return the verdicts, and what the false positives come to, each part in a process of its own."""
     settings = GroundingSettings(n_random=2, steps=12, n_orders=3, n_disturbed=20)
     sizes = {"2d": ((32, 32), 20 if chosen.quick else 30, 300), "3d": ((20, 20, 20), 30, 600)}
-    parts = [chosen.only] if chosen.only else ["2d"] if chosen.quick else list(sizes)
+    every, has_rates = ["2d"] if chosen.quick else list(sizes), chosen.only in (None, "rates")
+    parts = [part for part in sizes if part == chosen.only] if chosen.only else every
     with ProcessPoolExecutor(chosen.jobs, get_context("spawn"), _alone) as pool:
         judged = [
-            pool.submit(judge_all, *sizes[part], settings, seed)
-            for seed, part in itertools.product(chosen.seeds, parts)
-            if part in sizes
+            pool.submit(judge_all, *sizes[part], settings, seed) for seed in chosen.seeds for part in parts
         ]
-        rates = (
-            [pool.submit(pages, quick=chosen.quick, seed=chosen.seeds[0])]
-            if chosen.only in (None, "rates")
-            else []
-        )
-        return [row for found in judged for row in found.result()], [
-            line for found in rates for line in found.result()
-        ]
+        rates = pool.submit(pages, quick=chosen.quick, seed=chosen.seeds[0]) if has_rates else None
+        rows = [row for found in judged for row in found.result()]
+        return rows, rates.result() if rates else []
 
 
 def judge_all(
