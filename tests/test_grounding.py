@@ -587,10 +587,11 @@ def test_without_gradients_a_share_of_the_change_of_the_score_stands_for_what_is
     assert few.value < many.value
 
 
-@pytest.mark.parametrize("gain", [-0.1, 1.5])
-def test_a_gain_that_is_no_share_is_refused(gain):
-    with pytest.raises(InputError, match="share of what is attainable"):
-        GroundingSettings(gain=gain)
+@pytest.mark.parametrize("name", ["met", "gain", "gain_alone", "top", "outside", "residual", "collapse"])
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan])
+def test_a_threshold_that_is_no_share_is_refused(name, wrong):
+    with pytest.raises(InputError, match=rf"\({name}={wrong}\) is a share, from 0 to 1"):
+        GroundingSettings(**{name: wrong})
 
 
 @pytest.mark.parametrize(("radius", "verdict"), [(2.2, "GROUNDED"), (6.0, "INCONCLUSIVE")])

@@ -41,6 +41,9 @@ class GroundingCase:
     correct: bool | None = None
 
 
+_SHARES = ("met", "gain", "gain_alone", "attainable", "outside", "top", "residual", "collapse", "inside")
+
+
 @dataclass(frozen=True, eq=False)
 class GroundingSettings:
     """Thresholds and effort of the procedure. What no literature settles is our own choice, and printed as such.
@@ -132,10 +135,9 @@ class GroundingSettings:
                 "GroundingSettings(imputers=...) needs two or more: one of them alone may fool the network. "
                 'Such as {"mean": "mean", "blur": Blur()}.'
             )
-        if not 0 <= self.gain <= 1:
-            raise InputError(
-                f"GroundingSettings(gain={self.gain}) is a share of what is attainable, from 0 to 1."
-            )
+        for name in _SHARES:
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise InputError(f"GroundingSettings({name}={share}) is a share, from 0 to 1.")
         counts = (self.n_random, self.n_shifts, self.n_region_shifts, self.gain_steps)
         if not 0 < self.alpha < 1 or min(counts) < 1:
             raise InputError(
