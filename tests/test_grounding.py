@@ -568,14 +568,70 @@ def test_a_score_that_is_not_finite_on_the_way_leaves_its_case_out():
 
 def test_thresholds_are_printed_as_they_were_set():
     changed = replace(
-        SETTINGS, met=0.7, unchanged=0.85, gain=0.45, gain_steps=3, attainable=0.07, outside=0.2, top=0.3
-    )
-    found = judge(attributor=COMPLETE["attributor"], settings=changed)
+        SETTINGS, met=0.705, errors=2.5, moves=0.002, gap=0.06, unchanged=0.85, little=0.75, same_class=0.95,
+        gain=0.455, gain_steps=3, gain_alone=0.355, attainable=0.004, outside=0.205, outside_cases=4, top=0.305,
+        residual=0.0004, collapse=0.005,
+    )  # fmt: skip
+    cases, regions = make_cases(channels=2)
+    networks = AlikeForAll(BODY, channels=2), AlikeForAll(BODY, 1, channels=2)
+    given = {"cases": cases, "regions": regions, "permuted_network": networks[1], "settings": changed}
+    found = judge(networks, IntegratedGradients(n_steps=8), **given)
     printed = {test.id: f"{test.threshold}; {test.origin}" for test in found.tests}
     for name, figures in {
-        "P1": ["70%"], "P3": ["70%"], "T2": ["0.85"], "T5": ["45%", "3 steps", "40%", "7%"], "T10": ["0.2", "30%"],
+        "P1": ["70.5%"], "P2": ["2.5 standard errors", "70.5%"], "P3": ["0.002", "70.5%"],
+        "T1": ["<= 0.06", "0.06 is [E]"], "T2": ["0.85", "0.75"], "T3": ["0.85 is [E]"], "T4": ["0.95 is [E]"],
+        "T5": ["45.5%", "3 steps", "35.5%", "0.4%"], "T10": ["20.5%", "4 cases", "30.5%"],
+        "T13": ["0.04%", "0.5%"],
     }.items():  # fmt: skip
         assert all(figure in printed[name] for figure in figures), printed[name]
+
+
+def test_preconditions_hold_in_as_many_cases_as_asked():
+    flat = GroundingCase("flat", torch.zeros(1, 1, SIZE, SIZE))
+    status = {
+        met: judge(cases=[*CASES, flat], settings=replace(SETTINGS, met=met)).test("P1").status
+        for met in (0.5, 1.0)
+    }
+    assert status == {0.5: "PASS", 1.0: "FAIL"}
+
+
+def test_random_weights_must_move_the_score_as_far_as_asked():
+    status = {
+        moves: judge(settings=replace(SETTINGS, moves=moves)).test("P3").status for moves in (1e-5, 1e5)
+    }
+    assert status == {1e-5: "PASS", 1e5: "FAIL"}
+
+
+@pytest.mark.parametrize(("few", "status"), [(5, "FAIL"), (7, "INCONCLUSIVE")])
+def test_evidence_outside_of_the_body_fails_from_as_many_cases_on_as_asked(few, status):
+    cases, settings = CASES[:6], replace(SETTINGS, outside_cases=few)
+    within = {case.id: BODY for case in cases}
+    found = judge(USES_TAG, cases=cases, regions=None, within=within, settings=settings)
+    assert found.test("T10").status == status
+
+
+def test_the_order_to_beat_takes_as_many_steps_as_asked(monkeypatch):
+    taken = []
+
+    def spy(**options):
+        taken.append(options["n_steps"])
+        return IntegratedGradients(**options)
+
+    monkeypatch.setattr("monai_xai.grounding.of_deletion.IntegratedGradients", spy)
+    deletion(USES_LESION, gain_steps=3)
+    assert set(taken) == {3}
+
+
+def test_the_highest_voxels_that_are_held_against_a_confounder_are_as_many_as_asked():
+    """Beside a bright spot a map has a fainter one: few voxels leave it out, more have it as well."""
+    spot, beside = disk(11.5, 7, 3.0), disk(11.5, 16, 1.5)
+    values = (2.0 * spot + beside + 0.01 * torch.rand(SIZE, SIZE))[None, None]
+    case = SimpleNamespace(id="one", located=lambda: values, body=BODY[None, None])
+    few, more = (
+        _on_confounders(Cohort([case], replace(SETTINGS, top=top)), {"scar": {"one": beside}})["scar"]
+        for top in (0.05, 0.11)
+    )
+    assert few > 0.5 > 0.05 > more
 
 
 def test_without_gradients_a_share_of_the_change_of_the_score_stands_for_what_is_attainable():
@@ -588,10 +644,27 @@ def test_without_gradients_a_share_of_the_change_of_the_score_stands_for_what_is
 
 
 @pytest.mark.parametrize("name", ["met", "gain", "gain_alone", "top", "outside", "residual", "collapse"])
-@pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan])
+@pytest.mark.parametrize("wrong", [-0.1, 1.5])
 def test_a_threshold_that_is_no_share_is_refused(name, wrong):
-    with pytest.raises(InputError, match=rf"\({name}={wrong}\) is a share, from 0 to 1"):
+    with pytest.raises(InputError, match=rf"\({name}={wrong}\) is a share of .*, from 0 to 1"):
         GroundingSettings(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"unchanged": math.nan}, "unchanged=nan.* finite"),
+        ({"gap": math.inf}, "gap=inf.* finite"),
+        ({"alpha": 1.0}, "between 0 and 1"),
+        ({"gain_steps": 2.5}, "gain_steps=2.5.* whole number"),
+        ({"n_random": 0}, "n_random=0.* 1 or more"),
+        ({"top": 0.0}, "leaves no voxels"),
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused_before_any_work(wrong, why):
+    with pytest.raises(InputError, match=why):
+        GroundingSettings(**wrong)
 
 
 @pytest.mark.parametrize(("radius", "verdict"), [(2.2, "GROUNDED"), (6.0, "INCONCLUSIVE")])
@@ -800,6 +873,18 @@ def test_modalities_that_the_network_does_not_use_are_named():
     found = judge(networks, cases=cases, regions=regions).test("T13")
     assert found.status == "FAIL"
     assert "image 1 contribute" in found.message
+    none = replace(SETTINGS, collapse=0.0)
+    found = judge(networks, cases=cases, regions=regions, settings=none).test("T13")
+    assert "contribute" not in found.message
+    assert found.threshold.endswith("no modality below 0%")
+
+
+class AlikeForAll(Reader):
+    """Has the same picture for each of three classes."""
+
+    def forward(self, x):
+        two = super().forward(x)
+        return torch.cat([2 * two[:, 1:], two[:, 1:], 3 * two[:, 1:]], 1)
 
 
 class LevelAndTexture(nn.Module):
@@ -824,16 +909,9 @@ def test_modalities_are_weighed_against_the_baseline_that_the_map_has():
 
 
 def test_wrong_predictions_permuted_labels_and_a_third_class_are_looked_at():
-    class Three(Reader):
-        def forward(self, x):
-            two = super().forward(x)
-            return torch.cat(
-                [2 * two[:, 1:], two[:, 1:], 3 * two[:, 1:]], 1
-            )  # the same picture for every class
-
     cases = [replace(c, correct=i % 2 == 0) for i, c in enumerate(CASES)]
-    networks = Three(BODY), Three(BODY, 1)
-    found = judge(networks, cases=cases, permuted_network=Three(TAG))
+    networks = AlikeForAll(BODY), AlikeForAll(BODY, 1)
+    found = judge(networks, cases=cases, permuted_network=AlikeForAll(TAG))
     assert found.test("T3").status == "PASS"
     assert found.test("T11").n == N
     assert found.test("T7").n == N // 2

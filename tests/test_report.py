@@ -360,7 +360,7 @@ def test_lamps(statuses: dict[str, Any], colors: list[str]) -> None:
 def test_cases_on_the_wrong_side_come_first_and_are_marked(tmp_path: Path) -> None:
     tests = (
         a_test("T2", CASES, per_case={"good": 0.85, "bad": 0.8, "worst": 0.95}),
-        a_test("T5", CASES, per_case={"good": 0.1, "bad": -0.1, "worst": -0.2}),
+        a_test("T5", CASES, per_case={"good": 0.6, "bad": 0.4, "worst": -0.2}),
         a_test("T12", CASES, status="FAIL", per_case={"good": -9.0, "bad": math.nan}),
     )
     results = grounding(tests=tests, cases=("good",), curves={})

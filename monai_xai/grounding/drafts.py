@@ -20,6 +20,16 @@ _Case = TypeVar("_Case", bound=Opened)
 CHOICE = "[E] a choice of ours, no literature"
 
 
+def percent(share: float) -> str:
+    """Return a threshold as it was set, 0.005 as "0.5%"."""
+    return f"{100 * share:g}%"
+
+
+def cited(source: str, limit: float, theirs: float) -> str:
+    """Return the origin of a threshold, which is the source's own only where it was left as the source has it."""
+    return f"[L] {source}" if limit == theirs else f"[L] {source}: {theirs:g}; {limit:g} is [E]"
+
+
 @dataclass(frozen=True)
 class Draft:
     """A test before the correction for many tests.

@@ -15,7 +15,7 @@ from torch import nn
 from monai_xai.attributors import IntegratedGradients
 from monai_xai.baselines import BaselineLike
 from monai_xai.errors import AttributionError, InputError, UnsupportedNetworkError
-from monai_xai.grounding.drafts import Cohort, Draft, measured
+from monai_xai.grounding.drafts import Cohort, Draft, measured, percent
 from monai_xai.grounding.evidence import (
     Evidence,
     Maps,
@@ -139,9 +139,10 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         cohort, "T5", T5, "Q1", dict(zip(followed, kept.tolist(), strict=True)),
         p=max((each.p for each in telling), key=lambda p: math.inf if math.isnan(p) else p, default=math.nan),
         origin="[L] Samek et al. 2017; control by shifts [E]; its size, against Sundararajan et al. 2017 [E]",
-        threshold=f"p < {settings.alpha:g} against the map shifted, under every imputer, and {settings.gain:.0%} or "
-        f"more of the gain that {_BEST} ({settings.gain_steps} steps) attain, or of {settings.gain_alone:.0%} of the "
-        f"change of the score without gradients, where that is {settings.attainable:.0%} of this change",
+        threshold=f"under every imputer that tells something: p < {settings.alpha:g} against the map shifted, and "
+        f"{percent(settings.gain)} or more of what {_BEST} ({settings.gain_steps} steps) gain; where there are none, "
+        f"{percent(settings.gain_alone)} of the change of the score stand for that; an imputer tells something where "
+        f"some order gains {percent(settings.attainable)} of this change",
     )  # fmt: skip
     facts = (
         f"Of the gain over the map shifted that is attainable (by {_BEST}, or by itself if that is more), the map has "
@@ -152,7 +153,7 @@ def judge_deletion(cohort: Cohort, network: nn.Module) -> Draft:
         return Draft(test, missed=missed, settled="INCONCLUSIVE")
     may_fail = interval(short[~np.isnan(short)], settings.seed)[1] < 0 and test.n >= settings.min_cases
     if test.p < settings.alpha and test.value < settings.gain:
-        little = f"{facts} At least {settings.gain:.0%} is asked. {_CURE}"
+        little = f"{facts} At least {percent(settings.gain)} is asked. {_CURE}"
         return Draft(test, missed=little, settled="FAIL" if may_fail else "INCONCLUSIVE")
     missed = (
         "Removing highlighted tissue changes the prediction no more than removing a shifted copy of the map."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from monai_xai.baselines import Auto, BaselineLike, Blur, Noise
 from monai_xai.cohorts import ModalityCohort
-from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, cited, measured, percent, said, unavailable
 from monai_xai.grounding.evidence import Evidence, Maps, mean_of_known, plain_mask
 from monai_xai.grounding.words import GroundingSettings
 from monai_xai.metrics.faithfulness import necessity_and_sufficiency
@@ -286,7 +286,7 @@ def judge_repeatability(cohort: Cohort, again: Mapping[str, Maps]) -> Draft:
     values = {name: row[0] for name, row in rows.items()}
     test = measured(
         cohort, "T12", T12, "Q2", values, value=value, interval=(low, high), n=len(table),
-        threshold=f"ICC(2,1) >= {settings.agreement:g}", origin="[L] Koo & Li 2016",
+        threshold=f"ICC(2,1) >= {settings.agreement:g}", origin=cited("Koo & Li 2016", settings.agreement, 0.75),
     )  # fmt: skip
     enough = len(table) >= settings.min_cases
     status = ("PASS" if value >= settings.agreement else "FAIL") if enough else "INCONCLUSIVE"
@@ -387,9 +387,9 @@ def _decide_modalities(
     rows = [row for row in found.rows() if row.baseline == baseline]
     collapsed = [row.modality for row in rows if row.collapsed]
     test = measured(
-        cohort, "T13", T13, "Q2", taus, origin="[L] Jin et al. 2022; collapse [E]",
-        threshold=f"interval of tau above 0, residual <= {settings.residual:.1%}, no modality below "
-        f"{settings.collapse:.0%}",
+        cohort, "T13", T13, "Q2", taus, origin="[L] Jin et al. 2022; residual and collapse [E]",
+        threshold=f"interval of tau above 0, residual <= {percent(settings.residual)}, no modality below "
+        f"{percent(settings.collapse)}",
     )  # fmt: skip
     most = found.modalities[int(np.argmax(np.mean([c for c in credited.values() if c is not None], axis=0)))]
     used = max(rows, key=lambda row: row.mean).modality
@@ -398,7 +398,7 @@ def _decide_modalities(
     facts += "" if math.isnan(focus) else f" MSFI {focus:.2f}."
     low = test.interval[0]
     if collapsed:
-        little = f"less than {settings.collapse:.0%}: the model hardly uses them"
+        little = f"less than {percent(settings.collapse)}: the model hardly uses them"
         missed = f"{', '.join(collapsed)} contribute {little}. {facts}"
         return Draft(said(test, missed), settled="FAIL")
     if residual > settings.residual:

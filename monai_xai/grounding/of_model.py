@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, unavailable
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, cited, measured, percent, unavailable
 from monai_xai.grounding.evidence import (
     Evidence,
     Maps,
@@ -43,18 +43,20 @@ def judge_preconditions(cohort: Cohort) -> list[Draft]:
         varies = float(one.max() - one.min()) > 1e-12 * float(one.abs().max())
         flat[evidence.id] = float(bool(torch.isfinite(one).all()) and varies)
         change = abs(evidence.score - evidence.baseline_score)
-        unmoved[evidence.id] = float(change > 3 * evidence.baseline_error)
+        unmoved[evidence.id] = float(change > cohort.settings.errors * evidence.baseline_error)
     drafts = []
-    for test, title, values, lack in (
-        ("P1", P1, flat, "its map is the same everywhere"),
-        ("P2", P2, unmoved, "its prediction equals the baseline prediction"),
+    beyond = f"more than {cohort.settings.errors:g} standard errors from that of the baseline"
+    for test, title, values, lack, asked in (
+        ("P1", P1, flat, "its map is the same everywhere", "a finite map that varies"),
+        ("P2", P2, unmoved, "its prediction equals the baseline prediction", f"a score {beyond}"),
     ):
         cohort.left_out |= {
             name: lack for name, ok in values.items() if not ok and name not in cohort.left_out
         }
         share = sum(values.values()) / max(number, 1)
         ok = share >= cohort.settings.met
-        facts = measured(cohort, test, title, "P", values, threshold=_most(cohort), origin=CHOICE)
+        rule = f"{asked}, in {percent(cohort.settings.met)} of the cases"
+        facts = measured(cohort, test, title, "P", values, threshold=rule, origin=CHOICE)
         found, missed = (
             f"In {share:.0%} of {number} cases.",
             f"In {share:.0%} of {number} cases only. {_why(cohort)}",
@@ -62,10 +64,6 @@ def judge_preconditions(cohort: Cohort) -> list[Draft]:
         drafts.append(Draft(facts, found, f"Nothing to explain. {missed}", settled="PASS" if ok else "FAIL"))
     cohort.cases = [e for e in cohort.cases if e.id not in cohort.left_out]
     return drafts
-
-
-def _most(cohort: Cohort) -> str:
-    return f"{cohort.settings.met:.0%} of the cases"
 
 
 def _why(cohort: Cohort) -> str:
@@ -81,7 +79,7 @@ def judge_completeness(cohort: Cohort) -> Draft:
     median = float(np.median(list(gaps.values())))
     test = measured(
         cohort, "T1", T1, "Q1", gaps, value=median, threshold=f"median gap <= {settings.gap:g}",
-        origin="[L] Sundararajan et al. 2017",
+        origin=cited("Sundararajan et al. 2017", settings.gap, 0.05),
     )  # fmt: skip
     sentence = f"Attributions add up to within {median:.1%} of the change of the prediction (median)."
     cure = "Raise n_steps, or choose another baseline."
@@ -95,29 +93,30 @@ def judge_randomization(cohort: Cohort, network: nn.Module, second: nn.Module | 
     sims: dict[str, list[float]] = {e.id: [] for e in cohort.cases}
     for seed in range(settings.seed, settings.seed + settings.n_random):
         with randomize(network, seed):
-            found = cohort.each(lambda e: _as_random(e, network), f"random weights {seed}")
+            found = cohort.each(lambda e: _as_random(e, network, settings.moves), f"random weights {seed}")
         for name, compared in found.items():
             if compared is not None:
                 has_moved, similarity = compared
                 moved[name] = max(moved[name], float(has_moved))
                 sims[name].append(similarity)
     share = mean_of_known(list(moved.values()))
+    rule = f"a score that moves by {settings.moves:g} of itself, in {percent(settings.met)} of the cases"
     p3 = Draft(
-        measured(cohort, "P3", P3, "P", moved, threshold=_most(cohort), origin=CHOICE),
+        measured(cohort, "P3", P3, "P", moved, threshold=rule, origin=CHOICE),
         f"In {share:.0%} of the cases.",
         f"In {share:.0%} of the cases only: the prediction does not depend on the weights.",
-        settled="PASS" if share >= cohort.settings.met else "FAIL",
+        settled="PASS" if share >= settings.met else "FAIL",
     )
     return p3, _compare(cohort, {name: mean_of_known(values) for name, values in sims.items()}, second)
 
 
-def _as_random(e: Evidence, network: nn.Module) -> tuple[bool, float] | None:
+def _as_random(e: Evidence, network: nn.Module, least: float) -> tuple[bool, float] | None:
     """Return whether random weights move the score, and how alike their map is; None where they give none."""
     found = map_again(e, network)
     if found is None:
         return None
     change = abs(float(found.score[0]) - e.score)
-    return change > 1e-5 * abs(e.score), alike(e.maps, e.judged(found))
+    return change > least * abs(e.score), alike(e.maps, e.judged(found))
 
 
 def _compare(cohort: Cohort, by_chance: dict[str, float], second: nn.Module | None) -> Draft:
@@ -239,7 +238,7 @@ def judge_stability(cohort: Cohort, network: nn.Module) -> tuple[Draft, dict[str
     others = mean_of_known(between)
     facts = (
         f"The map explains {test.value:+.2f} more of the effects (R2) than shifted copies (p = {p_values[0]:.2g}); "
-        f"noise of {settings.noise:.0%} leaves it alike by {kept:.2f}, maps of other patients by {others:.2f} "
+        f"noise of {percent(settings.noise)} leaves it alike by {kept:.2f}, maps of other patients by {others:.2f} "
         f"(p = {p_values[1]:.2g})."
     )
     missed = f"{facts} The map does not predict effects, or noise alters it as much as swapping the patient."

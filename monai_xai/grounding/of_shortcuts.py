@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from monai_xai.errors import AttributionError, EmptyRegionError, InputError
 from monai_xai.forward import guard
-from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, said, unavailable
+from monai_xai.grounding.drafts import CHOICE, Cohort, Draft, measured, percent, said, unavailable
 from monai_xai.grounding.evidence import Evidence, mean_of_known, plain_mask
 from monai_xai.metrics.base import grown
 from monai_xai.metrics.questions import ask
@@ -35,9 +35,11 @@ def judge_shortcuts(
     on = _on_confounders(cohort, confounders)
     found = [name for name, p in on.items() if p < settings.alpha]
     share = mean_of_known(list(outside.values()))
+    few = min(settings.outside_cases, settings.min_cases)
     test = measured(
-        cohort, "T10", T10, "Q2", outside, threshold=f"share outside <= {settings.outside:g}; confounders p >= "
-        f"{settings.alpha:g} (the highest {settings.top:.0%} of the voxels)", origin=CHOICE,
+        cohort, "T10", T10, "Q2", outside, origin=CHOICE,
+        threshold=f"share outside <= {percent(settings.outside)} (FAIL where its interval lies above, from {few} cases "
+        f"on); confounders p >= {settings.alpha:g} (the highest {percent(settings.top)} of the voxels)",
     )  # fmt: skip
     if math.isnan(share) and not on:
         full = all(reached(e).all() for e in cohort.cases)
@@ -57,7 +59,7 @@ def judge_shortcuts(
         missed = f"The map points at {', '.join(found)} beyond chance: check for a shortcut. {sentence}"
         return Draft(test, missed=missed, settled="FAIL")
     if too_much:
-        status = "FAIL" if certain and test.n >= min(5, settings.min_cases) else "INCONCLUSIVE"
+        status = "FAIL" if certain and test.n >= few else "INCONCLUSIVE"
         missed = f"{sentence} Check for a shortcut."
         return Draft(said(test, missed), missed=missed, settled=status)  # type: ignore[arg-type]
     if not counts and not on:

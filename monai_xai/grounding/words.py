@@ -41,7 +41,19 @@ class GroundingCase:
     correct: bool | None = None
 
 
-_SHARES = ("met", "gain", "gain_alone", "attainable", "outside", "top", "residual", "collapse", "inside")
+_SHARES = {
+    "met": "a share of the cases",
+    "gain": "a share of what is attainable",
+    "gain_alone": "a share of the change of the score",
+    "attainable": "a share of the change of the score",
+    "outside": "a share of the map",
+    "top": "a share of the voxels",
+    "residual": "a share of the change of the score",
+    "collapse": "a share of the change of the score",
+    "inside": "a share of the region",
+    "until": "a share of the blocks",
+}
+_COUNTS = ("n_random", "n_shifts", "n_region_shifts", "gain_steps", "outside_cases")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +69,22 @@ class GroundingSettings:
             but for T5 to decide.
         same_class: T4: likewise for maps of two classes.
         met: P1, P2, P3: smallest share of the cases that must meet a precondition.
+        errors: P2: by how many standard errors of the baseline's score the score must differ from it.
+        moves: P3: smallest change of the score by random weights, as a share of the score.
         gap: T1: largest median completeness gap (Sundararajan et al. 2017).
         gain: T5: smallest mean gain over the map shifted, as a share (0 to 1) of what Integrated Gradients from the
             imputed image gain, or the map itself if that is more: with many cases the chance that a wrong map brushes
             the right place is significant, too.
         gain_steps: T5: steps of these Integrated Gradients; few are enough for an order.
-        gain_alone: T5: what stands for their gain where the network has no gradients, as a share of the change of the
-            score.
+        gain_alone: T5: what stands for their gain where network or imputer allows none, as a share of the change of
+            the score.
         attainable: T5: smallest share of the change of the score, when all is imputed, that some order must gain, lest
             the imputer tells nothing.
         outside: T10: largest mean share of the map outside of the body. In small images a blurred baseline, which moves
             the edge of the body, may leave more than that there, see docs/how_to/ground.rst.
-        top: T10: the highest voxels that are held against confounders, as a share of the body.
+        outside_cases: T10: with fewer cases, more than that is INCONCLUSIVE and no FAIL; ``min_cases`` if that is less.
+        top: T10: the highest voxels that are held against confounders, as a share of the body, or of the image for a
+            confounder that reaches out of the body.
         residual: T13: largest share of the change of the score that Shapley values may miss.
         collapse: T13: a modality whose share is surely below this is hardly used.
         agreement: T12: smallest ICC(2,1) (Koo & Li 2016: good).
@@ -98,12 +114,15 @@ class GroundingSettings:
     little: float = 0.8
     same_class: float = 0.9
     met: float = 0.5
+    errors: float = 3.0
+    moves: float = 1e-5
     gap: float = 0.05
     gain: float = 0.5
     gain_steps: int = 8
     gain_alone: float = 0.4
     attainable: float = 0.05
     outside: float = 0.1
+    outside_cases: int = 5
     top: float = 0.1
     residual: float = 0.001
     collapse: float = 0.01
@@ -135,14 +154,17 @@ class GroundingSettings:
                 "GroundingSettings(imputers=...) needs two or more: one of them alone may fool the network. "
                 'Such as {"mean": "mean", "blur": Blur()}.'
             )
-        for name in _SHARES:
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise InputError(f"GroundingSettings({name}={share}) is a share, from 0 to 1.")
-        counts = (self.n_random, self.n_shifts, self.n_region_shifts, self.gain_steps)
-        if not 0 < self.alpha < 1 or min(counts) < 1:
-            raise InputError(
-                "GroundingSettings needs alpha in (0, 1), and n_random, n_shifts, n_region_shifts, gain_steps >= 1."
-            )
+        for name, given in ((each.name, getattr(self, each.name)) for each in fields(self)):
+            if isinstance(given, float) and not math.isfinite(given):
+                raise InputError(f"GroundingSettings({name}={given}) must be a finite number.")
+            if name in _SHARES and not 0 <= given <= 1:
+                raise InputError(f"GroundingSettings({name}={given}) is {_SHARES[name]}, from 0 to 1.")
+            if name in _COUNTS and not (isinstance(given, int) and given >= 1):
+                raise InputError(f"GroundingSettings({name}={given}) must be a whole number, 1 or more.")
+        if not 0 < self.alpha < 1:
+            raise InputError(f"GroundingSettings(alpha={self.alpha}) must lie between 0 and 1.")
+        if not self.top:
+            raise InputError("GroundingSettings(top=0) leaves no voxels to hold against confounders.")
 
     @classmethod
     def quick(cls, **settings: Any) -> GroundingSettings:

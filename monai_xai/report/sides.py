@@ -17,7 +17,7 @@ _WRONG: dict[str, Callable[[float, GroundingSettings], bool]] = {
     "T2": lambda value, settings: value >= settings.unchanged,
     "T3": lambda value, settings: value >= settings.unchanged,
     "T4": lambda value, settings: value >= settings.same_class,
-    "T5": lambda value, _: value <= 0,
+    "T5": lambda value, settings: value < settings.gain,
     "T6": lambda value, _: value <= 0,
     "T8": lambda value, _: value <= 1,
     "T9": lambda value, _: value <= 0,
@@ -31,7 +31,7 @@ def settings_of(configuration: Mapping[str, Any]) -> GroundingSettings:
     told = configuration.get("settings")
     known = {
         name: float(told[name])
-        for name in ("gap", "unchanged", "same_class", "outside")
+        for name in ("gap", "unchanged", "same_class", "gain", "outside")
         if isinstance(told, Mapping) and isinstance(told.get(name), int | float)
     }
     return GroundingSettings(**known)  # type: ignore[arg-type]
