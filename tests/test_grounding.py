@@ -995,6 +995,14 @@ def test_a_test_that_finds_nothing_fails_with_enough_cases_only():
     assert status(0.2, 5)[0] == "INCONCLUSIVE"
     assert status(0.2, 5)[2] == ["at least 8 cases (T5 has 5)"]
     assert status(math.nan, N)[0] == "INCONCLUSIVE"
+    assert status(0.2, 1)[1].startswith("Not decided by 1 case (p = 0.2).")
+
+
+def test_what_is_asked_for_is_said_once():
+    drafts = [
+        Draft(GroundingTest(name, "", "Q1", p=0.5, n=n)) for name, n in (("T5", 2), ("T6", 2), ("T9", 1))
+    ]
+    assert settle(drafts, SETTINGS)[1] == ["at least 8 cases (T5, T6 have 2; T9 has 1)"]
 
 
 def test_holm_may_turn_a_pass_over():

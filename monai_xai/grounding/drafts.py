@@ -129,15 +129,20 @@ def settle(drafts: Sequence[Draft], settings: GroundingSettings) -> tuple[list[G
     for gate in ("P", "Q1", "Q2"):
         chosen = [i for i, d in enumerate(drafts) if d.test.gate == gate and not math.isnan(d.test.p)]
         corrected |= dict(zip(chosen, holm([drafts[i].test.p for i in chosen]), strict=True))
-    tests, missing = [], []
+    tests: list[GroundingTest] = []
+    missing: list[str] = []
+    few: dict[int, list[str]] = {}
     for i, draft in enumerate(drafts):
         test = _settle(draft, corrected.get(i, math.nan), settings)
         tests.append(test)
         if draft.supply and test.status != "PASS" and draft.supply not in missing:
             missing.append(draft.supply)
         if test.status == "INCONCLUSIVE" and not math.isnan(test.p) and test.n < settings.min_cases:
-            missing.append(f"at least {settings.min_cases} cases ({test.id} has {test.n})")
-    return tests, list(dict.fromkeys(missing))
+            few.setdefault(test.n, []).append(test.id)
+    if few:
+        counts = (f"{', '.join(ids)} {'has' if len(ids) == 1 else 'have'} {n}" for n, ids in few.items())
+        missing.append(f"at least {settings.min_cases} cases ({'; '.join(counts)})")
+    return tests, missing
 
 
 def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> GroundingTest:
@@ -145,7 +150,7 @@ def _settle(draft: Draft, corrected: float, settings: GroundingSettings) -> Grou
     status = draft.settled or _status(test, settings, may_fail=draft.may_fail)
     message = test.message or (draft.found if status == "PASS" else draft.missed)
     if status == "INCONCLUSIVE" and not test.message and not draft.settled:
-        message = f"Not decided by {test.n} cases (p = {corrected:.2g})."
+        message = f"Not decided by {test.n} case{'' if test.n == 1 else 's'} (p = {corrected:.2g})."
         message += f" Not excluded: {draft.missed}" if draft.missed else ""
     return replace(test, status=status, message=message)
 

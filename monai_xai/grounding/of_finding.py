@@ -139,7 +139,8 @@ def _beyond_prior(cases: Sequence[Evidence]) -> str:
     if not len(gains):
         return ""
     low, high = interval(gains)
-    return f" AUPRC minus that of the mean mask: {gains.mean():+.2f} ({low:.2f} to {high:.2f})."
+    between = "" if math.isnan(low) else f" ({low:.2f} to {high:.2f})"
+    return f" AUPRC minus that of the mean mask: {gains.mean():+.2f}{between}."
 
 
 # ---------------------------------------------------------------------------------------------- the network
