@@ -643,10 +643,10 @@ def test_network_learns_what_neither_scan_tells_alone(tmp_path: Path) -> None:
         "ckpt_dir": tmp_path / "models",
         "output_dir": tmp_path,
     }
-    said = _run(["configs/train.yaml"], **settings)
+    said = _run(["configs/train.yaml"], **settings, epochs=20, val_interval=20)
     assert float(re.findall(r"val_accuracy: ([\d.]+)", said)[-1]) >= 0.9
 
-    _run(EXPLAIN, **settings)
+    _run(EXPLAIN, **settings, n_others=2, **{"explain_handler::cases": 1})
     rows = _table(tmp_path / "modalities" / "modalities.csv")
     rows = [row for row in rows if (row["baseline"], row["modality"]) == ("missing", "CT")]
     way = np.array([float(row["score"]) - float(row["baseline_score"]) for row in rows])

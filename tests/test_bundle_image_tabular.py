@@ -730,7 +730,7 @@ def test_network_learns_what_neither_input_tells_alone(tmp_path: Path) -> None:
         "ckpt_dir": tmp_path / "models",
         "output_dir": tmp_path,
     }
-    said = _run(["configs/train.yaml"], **settings)
+    said = _run(["configs/train.yaml"], **settings, val_interval=25)
     accuracy = float(re.findall(r"val_accuracy: ([\d.]+)", said)[-1])
     assert accuracy >= 0.9
 

@@ -497,7 +497,7 @@ def test_animation_begins_at_the_strongest_slice_even_if_its_neighbors_are_skipp
 ) -> None:
     shown = scene(prediction=None, label=None, affine=affine)
     whole = animate(shown, frames=100)
-    for frames in range(1, len(whole.frames)):
+    for frames in [1, 2, 3, *range(4, len(whole.frames), 3)]:
         few = animate(shown, frames)
         assert len(few.frames) == frames
         np.testing.assert_array_equal(few.frames[0], whole.frames[0])

@@ -221,7 +221,7 @@ def in_volumes() -> nn.Module:
 @pytest.mark.parametrize(
     ("network", "x", "size"),
     [
-        (small_unet(), random_image(1, 2, 160, 160), (16, 16)),
+        (small_unet(), random_image(1, 2, 112, 112), (16, 16)),
         (in_volumes(), random_image(1, 2, 48, 48, 32).float(), (16, 16, 16)),
     ],
     ids=["images", "volumes"],
