@@ -24,8 +24,12 @@ def _work(number: int, port: str, many: int, work: Callable[[], Any], found: Any
 
 
 def in_processes(many: int, work: Callable[[], Any]) -> list[Any]:
-    """Return what a function gives in each of several processes."""
-    with multiprocessing.get_context("spawn").Manager() as manager:
+    """Return what a function gives in each of several processes, forked from one that has imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["monai_xai"])
+    with context.Manager() as manager:
         found = manager.dict()
-        multiprocessing.spawn(_work, (_free_port(), many, work, found), nprocs=many)
+        multiprocessing.start_processes(
+            _work, (_free_port(), many, work, found), nprocs=many, start_method="forkserver"
+        )
         return [found[number] for number in range(many)]
