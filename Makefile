@@ -23,21 +23,17 @@ IMAGE_AND_RECORD := bundles/image_tabular_classification
 RUN := $(BIN)/python -m monai.bundle run --config_file
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check unittest format docs benchmark clean
+.PHONY: help demo demo-segmentation demo-image-and-record test test-oldest check unittest format docs benchmark clean
 
 help:  ## say what there is
 	@echo "Targets (each installs what it needs into $(VENV) by itself):"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-# One thread is as quick for networks this small, and on a busy machine, where threads wait for each other, many times so.
+# One thread is as quick for networks this small, and on a busy machine, where threads wait for each other, many times so:
+# the two bundles share the cores instead.
 demo: export OMP_NUM_THREADS ?= 1
-demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes on two cores)
-	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --epochs 6 \
-	    --explain_handler::on_error raise
-	cd $(SEGMENTATION) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
-	cd $(IMAGE_AND_RECORD) && $(RUN) configs/train.yaml --plant redundant --epochs 12
-	cd $(IMAGE_AND_RECORD) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --plant redundant \
-	    --n_others 4 --detailed_cases 2 --modality_handler::on_error raise
+demo: $(PACKAGE)  ## train, predict and explain on the embedded phantoms (minutes on two cores)
+	@$(MAKE) --no-print-directory --jobs 2 demo-segmentation demo-image-and-record
 	@echo
 	@echo "Predicted lesions and attributions in each scan's own space, for any NIfTI viewer:"
 	@find $(SEGMENTATION)/eval -name '*.nii.gz' | sort | sed 's/^/  /' | grep .
@@ -45,6 +41,16 @@ demo: $(PACKAGE)  ## train, predict and explain on the embedded phantom (minutes
 	@find $(IMAGE_AND_RECORD)/eval/modalities -name '*.csv' | sort | sed 's/^/  /' | grep .
 	@echo "Curves over the training, and pictures of what the networks look at (images, scalars):"
 	@echo "  $(VENV)/bin/tensorboard --logdir_spec lesions:$(SEGMENTATION)/eval,pneumonia:$(IMAGE_AND_RECORD)/eval"
+
+demo-segmentation: $(PACKAGE)
+	cd $(SEGMENTATION) && $(RUN) "['configs/train.yaml','configs/explain_train.yaml']" --epochs 6 \
+	    --explain_handler::on_error raise
+	cd $(SEGMENTATION) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --explain_handler::on_error raise
+
+demo-image-and-record: $(PACKAGE)
+	cd $(IMAGE_AND_RECORD) && $(RUN) configs/train.yaml --plant redundant --epochs 12
+	cd $(IMAGE_AND_RECORD) && $(RUN) "['configs/inference.yaml','configs/explain.yaml']" --plant redundant \
+	    --n_others 4 --detailed_cases 2 --modality_handler::on_error raise
 
 test: check unittest  ## everything that .ci/run runs: style, types, tests, doctests, documents
 
