@@ -307,14 +307,17 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
-        for module in network.modules():
-            stack.callback(_Snapshot(module).restore)
+        modules = list(network.modules())
+        snapshots = [_Snapshot(module) for module in modules]
+        stack.callback(_Values(tensor for snapshot in snapshots for tensor in snapshot.tensors).restore)
+        stack.callback(_restore, snapshots)
+        for module in modules:
             quicken(module)
         parameters = list(network.parameters())
-        for parameter in parameters:
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
-        evaluate(network)
+        stack.callback(_require_grad, parameters, [parameter.requires_grad for parameter in parameters])
+        _require_grad(parameters, [False] * len(parameters))
+        if any(module.training for module in modules):
+            evaluate(network)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -339,31 +342,36 @@ def preserved_generators() -> Iterator[None]:
 
 
 _UNALTERABLE = frozenset({bool, int, float, str, tuple, type(None)})
+_FEW = 4096  # values of a tensor up to which it is looked at together with others
 
 
 class _Snapshot:
-    """A module as it is now, without a look at parts that hold nothing."""
+    """A module as it is now but for the values of its tensors, without a look at parts that hold nothing.
+
+    Attributes:
+        tensors: its buffers, and the tensors among its attributes.
+    """
+
+    __slots__ = ("attributes", "empty", "filled", "module", "tensors", "training")
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training, self.attributes = module, module.training, vars(module).copy()
         self.empty: list[Any] = []  # most containers are, so that they are not copied
         self.filled: list[tuple[Any, Any]] = []
-        self.tensors: list[tuple[Tensor, Tensor]] = []
-        for value in (*self.attributes.values(), *module._buffers.values()):
-            if type(value) not in _UNALTERABLE:
-                self._keep(value)
-
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.tensors.append((value, value.detach().clone()))
-        elif isinstance(value, dict | list | set):
-            if value:
-                self.filled.append((value, value.copy()))
-            else:
-                self.empty.append(value)
+        self.tensors = [buffer for buffer in module._buffers.values() if buffer is not None]
+        for value in self.attributes.values():
+            if type(value) in _UNALTERABLE:
+                continue
+            if isinstance(value, dict | list | set):
+                if value:
+                    self.filled.append((value, value.copy()))
+                else:
+                    self.empty.append(value)
+            elif isinstance(value, Tensor):
+                self.tensors.append(value)
 
     def restore(self) -> None:
-        """Make the module again what it was, bit for bit."""
+        """Give the module its attributes again, and what was in their containers."""
         own, before = vars(self.module), self.attributes
         if [*own] != [*before] or not all(map(operator.is_, own.values(), before.values())):
             own.clear()
@@ -374,10 +382,43 @@ class _Snapshot:
             container.clear()
         for container, content in self.filled:
             _refill(container, content)
-        for tensor, values in self.tensors:
-            if not torch.equal(tensor, values):
-                with torch.no_grad():
-                    tensor.copy_(values)
+
+
+def _restore(snapshots: Sequence[_Snapshot]) -> None:
+    for snapshot in snapshots:
+        snapshot.restore()
+
+
+def _require_grad(parameters: Sequence[nn.Parameter], flags: Sequence[bool]) -> None:
+    for parameter, flag in zip(parameters, flags, strict=True):
+        parameter.requires_grad_(flag)
+
+
+class _Values:
+    """Tensors as they are now. Small ones lie side by side, so that one look tells whether any has changed."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups: dict[Any, list[Tensor]] = {}
+        for number, tensor in enumerate(tensors):
+            is_small = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.numel() <= _FEW
+            groups.setdefault((tensor.dtype, tensor.device) if is_small else number, []).append(tensor)
+        self.groups = [(group, self._copy(group)) for group in groups.values()]
+
+    @staticmethod
+    def _copy(tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0].detach().clone()
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+    def restore(self) -> None:
+        """Write back what has changed, bit for bit."""
+        for tensors, before in self.groups:
+            if torch.equal(tensors[0] if len(tensors) == 1 else self._copy(tensors), before):
+                continue
+            parts = before.split([x.numel() for x in tensors]) if len(tensors) > 1 else [before]
+            with torch.no_grad():
+                for tensor, part in zip(tensors, parts, strict=True):
+                    tensor.copy_(part.reshape(tensor.shape))
 
 
 def _refill(container: dict[Any, Any] | list[Any] | set[Any], content: Any) -> None:

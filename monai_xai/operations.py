@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_xai.convolutions import is_convolution
 from monai_xai.errors import UnsupportedNetworkError
-from monai_xai.networks import refuse_quantized, refuse_scripts
+from monai_xai.networks import refuse_scripts
 from monai_xai.terms import Term, graph_nodes
 
 
@@ -122,6 +123,25 @@ _KEEPS_MEANING = {
 }
 
 
+class Kept:
+    """Values that rules hold on to until something comes back, safe from what the network writes in place later."""
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, list[weakref.ref[Tensor]]] = {}
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Return a tensor without its graph, which shares memory with it until the network writes there."""
+        kept = x.detach()
+        self._by_storage.setdefault(x.untyped_storage().data_ptr(), []).append(weakref.ref(kept))
+        return kept
+
+    def part_from(self, written: Tensor) -> None:
+        """Give what is kept of a tensor memory of its own."""
+        for reference in self._by_storage.pop(written.untyped_storage().data_ptr(), ()):
+            if (kept := reference()) is not None:
+                kept.data = kept.clone()
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One call of a function of torch.
@@ -132,6 +152,7 @@ class Operation:
         arguments: by position.
         options: by keyword.
         place: dotted name of the module that calls it, for messages.
+        kept: what the rules of this pass hold on to.
     """
 
     name: str
@@ -139,13 +160,19 @@ class Operation:
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
     place: str = ""
+    kept: Kept = field(default_factory=Kept)
 
     @cached_property
     def dependents(self) -> list[Tensor]:
         """The tensors among the arguments that depend on the input."""
-        return [x for x in _tensors((self.arguments, self.options)) if x.requires_grad]
+        return _dependents((self.arguments, self.options))
 
-    @property
+    @cached_property
+    def values(self) -> list[Tensor]:
+        """The dependents without their graph, as they are now, whatever is written to them later."""
+        return [self.kept.keep(x) for x in self.dependents]
+
+    @cached_property
     def kind(self) -> Kind:
         """What it does to the tensors that depend on the input."""
         kind, count = _KINDS.get(self.name, Kind.UNKNOWN), len(self.dependents)
@@ -229,6 +256,7 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Mapping[nn.Module, str] = {}
+        self.kept = Kept()
 
     @property
     def place(self) -> str:
@@ -257,7 +285,10 @@ class Watch(TorchFunctionMode):
         if spelled in _QUERIES or not _depends((args, kwargs)):
             return func(*args, **kwargs)
         name = _name_of(func, spelled)
-        operation = Operation(name, func, args, kwargs, self.place)
+        operation = Operation(name, func, args, kwargs, self.place, self.kept)
+        written = _written_in_place(spelled, args, kwargs)
+        if written is not None or name == "setitem":
+            self.kept.part_from(args[0])
         if name in _WITHOUT_GRADIENT or not torch.is_grad_enabled():
             return self.lose(operation, _map(operation.run(), Tensor.detach))
         if name in ROUTES and name not in self.routes:
@@ -267,7 +298,6 @@ class Watch(TorchFunctionMode):
             raise UnsupportedNetworkError(
                 f"{name}(out=...) in {self.place!r} cannot be explained: return the result."
             )
-        written = _written_in_place(spelled, args, kwargs)
         return self._see(operation) if written is None else self.handle_in_place(operation, written)
 
     def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
@@ -333,8 +363,6 @@ def trace(term: Term, inputs: Sequence[Tensor], watch: Watch) -> tuple[Tensor, l
     Raises:
         UnsupportedNetworkError: naming the part of the network that no watch sees.
     """
-    refuse_quantized(term.network)
-    refuse_scripts(term.network, "which hides the calls that this method changes")
     unseen = _Unseen(watch)
     try:
         with (
@@ -400,8 +428,13 @@ def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
     """Enter a watch, and let it know in which module of the network a call is made.
 
     Composite activations of MONAI (x * sigmoid(x), x * tanh(softplus(x))) become calls of one function.
+
+    Raises:
+        UnsupportedNetworkError: if the network has parts in TorchScript, of which no watch sees the calls.
     """
     watch.names = {module: name for name, module in network.named_modules()}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in watch.names):
+        refuse_scripts(network, "which hides the calls that this method changes")
     composites = {
         module: composite
         for module in watch.names
@@ -601,22 +634,25 @@ _IN_STEPS: Mapping[str, Callable[[Operation], Any]] = {
 
 
 def _depends(value: Any) -> bool:
-    return any(x.requires_grad for x in _tensors(value))
+    return bool(_dependents((value,)))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+def _dependents(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors that depend on the input, in nested tuples, lists and dictionaries."""
+    found: list[Tensor] = []
+    for value in values:  # for each argument of each call, so that a generator would be too slow
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _dependents(value)
+        elif isinstance(value, dict):
+            found += _dependents(value.values())
+    return found
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested arguments with each tensor that depends on the input changed, in the order of :func:`_tensors`."""
+    """Return nested arguments, each tensor that depends on the input changed, in the order of :func:`_dependents`."""
     if isinstance(value, Tensor):
         return change(value) if value.requires_grad else value
     if isinstance(value, tuple | list):

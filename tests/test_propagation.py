@@ -371,6 +371,78 @@ def test_rectified_gradients_refuse_a_network_without_rectifiers(method):
         attribute(method, Called(lambda z: torch.maximum(z, z * 0).sum(1, keepdim=True)), random_image(1, 3))
 
 
+class Written(nn.Module):
+    """What comes after a convolution, as it is written in place or not."""
+
+    def __init__(self, form, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = (
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 2, 3),
+        )
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        self.form, self.in_place = form, in_place
+
+    def forward(self, x):
+        return self.last(WRITTEN[self.form](self, self.first(x), self.in_place)).mean((2, 3))
+
+
+def _product_then_rectified(net, h, in_place):
+    return functional.leaky_relu(h * torch.sigmoid(h.flip(3)), 0.2, inplace=in_place)
+
+
+def _sigmoid_then_scaled(net, h, in_place):
+    gate = torch.sigmoid(h)
+    h = h.mul_(2).add_(1) if in_place else h * 2 + 1
+    return gate * 3 + torch.tanh(h)
+
+
+def _part_then_set(net, h, in_place):
+    gate = torch.sigmoid(h)
+    if in_place:
+        h[:, :1] = 0.5
+    else:
+        h = torch.cat([torch.full_like(h[:, :1], 0.5), h[:, 1:]], 1)
+    return gate * 3 + torch.tanh(h)
+
+
+def _added_before_norm(net, h, in_place):
+    skip = h.flip(2)
+    h = net.first(h[:, :1])
+    h = h.add_(skip) if in_place else h + skip
+    return net.norm(h).relu()
+
+
+WRITTEN = {
+    "norm, leaky": lambda net, h, in_place: functional.leaky_relu(
+        net.norm(functional.avg_pool2d(h, 2)), 0.2, inplace=in_place
+    ),
+    "sum, leaky": lambda net, h, in_place: functional.leaky_relu(h + h.flip(2), 0.2, inplace=in_place),
+    "product, leaky": _product_then_rectified,
+    "sigmoid, scaled": _sigmoid_then_scaled,
+    "sigmoid, set": _part_then_set,
+    "pooled, scaled": lambda net, h, in_place: (
+        functional.max_pool2d(h, 2).mul_(-2) if in_place else functional.max_pool2d(h, 2) * -2
+    ),
+    "convolution, sum, norm": _added_before_norm,
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("method", [LRP(), LRP(addition="signed"), DeepLift(Constant(0.0))], ids=str)
+def test_what_a_network_writes_later_changes_no_rule(method, form):
+    x = random_image(1, 1, 8, 8)
+    found, wanted = (
+        Explainer(OutputScore(1), method, progress=False)(Written(form, in_place).double().eval(), x)
+        for in_place in (True, False)
+    )
+    torch.testing.assert_close(found.score, wanted.score, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.attributions["image"], wanted.attributions["image"], rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("act", [Swish(), Mish()], ids=["swish", "mish"])
 def test_nothing_stays_on_the_network(act):
     network = nn.Sequential(nn.Linear(3, 3), act, nn.Linear(3, 1)).double()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from monai_xai.attributors.base import Attribution, Attributor, refuse_repeated_calls
 from monai_xai.errors import InputError, UnsupportedNetworkError
 from monai_xai.forward import Scoring
+from monai_xai.networks import refuse_quantized
 from monai_xai.operations import Operation, Watch, trace
 from monai_xai.terms import Tensors, Term, pull_back
 
@@ -43,6 +44,7 @@ class AttentionRollout(Attributor):
         if len(images) != 1:
             raise InputError(f"{self.name} needs one image among the inputs {list(scoring.inputs)}.")
         place, name = images[0]
+        refuse_quantized(scoring.terms[0].network)
         scores: list[Tensor] = []
         total = torch.zeros_like(scoring.padding.pad(scoring.inputs[name][:, :1]))
         for term, (inputs,) in scoring.parts(self.name, scoring.values):

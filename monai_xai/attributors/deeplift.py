@@ -85,15 +85,17 @@ def _multipliers(term: Term, inputs: Tensors, baseline: Tensors) -> tuple[Tensor
 
 
 class _Moment(NamedTuple):
-    """What a nonlinear call got and gave at the baseline."""
+    """A nonlinear call at the baseline: its name, where it was, and what it got and gave, without a graph."""
 
-    operation: Operation
+    name: str
+    where: str
+    values: list[Tensor]
     result: Tensor
 
-    @property
-    def values(self) -> list[Tensor]:
-        """What it got, without a graph."""
-        return [x.detach() for x in self.operation.dependents]
+    def is_call_of(self, operation: Operation) -> bool:
+        """Tell whether another call may be the same one at the input."""
+        shapes = [x.shape for x in operation.dependents]
+        return self.name == operation.name and [x.shape for x in self.values] == shapes
 
 
 class _TwoPoints(Watch):
@@ -137,9 +139,9 @@ class _Remember(_TwoPoints):
         with torch.no_grad():
             result = operation.run()
         values, *rest = result if isinstance(result, tuple) else (result,)
-        kept = operation.on(*(x.detach().requires_grad_() for x in operation.dependents))
-        self.memory.append(_Moment(kept, values))
-        values = passed(lambda coming: [None], values.clone(), [torch.zeros((), requires_grad=True)])
+        self.memory.append(_Moment(operation.name, str(operation), operation.values, values))
+        # A copy is no leaf, so that the network may go on to work on it in place.
+        values = values.detach().requires_grad_().clone()
         return (values, *rest) if rest else values
 
 
@@ -153,23 +155,19 @@ class _Compare(_TwoPoints):
 
     def nonlinear(self, operation: Operation) -> Any:
         moment = self.memory.pop() if self.memory else None
-        now = operation.dependents
-        if (
-            moment is None
-            or moment.operation.name != operation.name
-            or [x.shape for x in moment.operation.dependents] != [x.shape for x in now]
-        ):
+        if moment is None or not moment.is_call_of(operation):
             raise _another_path(str(operation))
+        now = operation.dependents
         result = operation.run()
         values, *rest = result if isinstance(result, tuple) else (result,)
-        pair = _Pair(operation, [x.detach() for x in now], moment.values, values.detach(), moment.result)
+        pair = _Pair(operation, operation.values, moment.values, operation.kept.keep(values), moment.result)
         values = passed(_RULES[operation.kind](pair), values, now)
         return (values, *rest) if rest else values
 
     def require_end(self) -> None:
         """Refuse a network that has called less than at the baseline, or used other masks or indices."""
         if self.memory:
-            raise _another_path(str(self.memory[-1].operation))
+            raise _another_path(self.memory[-1].where)
         for (where, now), (_, then) in zip(self.lost, self.start.lost, strict=False):
             if not _is_same(now, then):
                 raise _another_path(where)
@@ -226,6 +224,11 @@ def _activation(pair: _Pair) -> Backward:
     """The secant; where both points are the same to rounding, the derivative."""
     (x,), (b,) = pair.inputs, pair.baselines
     change = x - b
+    if (
+        pair.operation.name == "relu"
+    ):  # no digits are lost: of two points on one side, the difference stays or is 0
+        steps = torch.where(change == 0, (x > 0).to(x), (pair.output - pair.baseline_output) / change)
+        return lambda coming: [coming * steps]
     is_same = change.abs() <= 8 * torch.finfo(x.dtype).eps * (x.abs() + b.abs())
     secant = (pair.output - pair.baseline_output) / torch.where(is_same, 1, change)
     if is_same.any():

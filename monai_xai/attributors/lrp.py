@@ -272,7 +272,7 @@ class _HandDown(Watch):
         self.is_below = False  # whether relevance has come through a call with weights
         self.absorbed = 0.0  # relevance that convolutions and linear layers kept for their biases
         self.moved: dict[int, Tensor] = {}  # inputs of the network that were merely moved
-        self.folding: dict[int, tuple[Tensor, Operation]] = {}  # calls with weights, by their results
+        self.folding: dict[int, _Weights] = {}  # by their results
 
     def handle(self, operation: Operation) -> Any:
         if operation.kind is Kind.ROUTE:
@@ -309,7 +309,7 @@ class _HandDown(Watch):
         rule = self.method.dense if operation.name == "linear" else self.method.convolution
         if self.method.first is not None and self._is_input(x):
             rule = self.method.first
-        values = x.detach()
+        (values,) = operation.values
 
         def backward(coming: Tensor) -> list[Tensor]:
             is_last, self.is_below = not self.is_below, True
@@ -319,15 +319,16 @@ class _HandDown(Watch):
             return [relevance]
 
         result = passed(backward, operation.run(), [x])
-        self.folding[id(result)] = (result, operation)
+        self.folding[id(result)] = _Weights(operation, result, (result._version, x._version))
         return result
 
     def _fold(self, operation: Operation) -> Operation | None:
         """Return the convolution before a batch norm with the norm in its weights, if there is one."""
         given = operation.named(_BATCH_NORM)
-        _, before = self.folding.get(id(given["input"]), (None, None))
-        if before is None:
+        found = self.folding.get(id(given["input"]))
+        if found is None or found.is_written:
             return None
+        before = found.operation
         scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
         scale = scale if given.get("weight") is None else scale * given["weight"]
         shift = 0 if given.get("bias") is None else given["bias"]
@@ -343,6 +344,25 @@ class _HandDown(Watch):
             weight = weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
         bias = (0 if weighted.bias is None else weighted.bias) - given["running_mean"]
         return weighted.with_weights(weight, bias * scale + shift)
+
+
+class _Weights(NamedTuple):
+    """A call with weights, into which a batch norm that comes next may be folded.
+
+    Args:
+        operation: the call.
+        result: what it gave.
+        versions: of its result and its input, which count what is written in place.
+    """
+
+    operation: Operation
+    result: Tensor
+    versions: tuple[int, int]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the network has written to the input or the result since."""
+        return (self.result._version, self.operation.dependents[0]._version) != self.versions
 
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -467,10 +487,11 @@ def _by_ratio(operation: Operation) -> Tensor:
 
 def _in_proportion(operation: Operation, share: float = 1.0) -> Tensor:
     """A call that is linear in its dependents: each gets its part of the result, times a share."""
-    values, result = [x.detach() for x in operation.dependents], operation.run()
+    values, result = operation.values, operation.run()
+    kept = operation.kept.keep(result)
 
     def backward(coming: Tensor) -> list[Tensor]:
-        quotient = coming * share / stabilized(result.detach(), EPSILON)
+        quotient = coming * share / stabilized(kept, EPSILON)
         found = pull_back_through(lambda *xs: operation.on(*xs).run(), values, quotient)
         return [x * g for x, g in zip(values, found, strict=True)]
 
@@ -491,13 +512,12 @@ def _halves(operation: Operation) -> Tensor:
 
 def _softmax(operation: Operation) -> Tensor:
     dim = operation.named(("input", "dim"))["dim"]
-    (x,) = operation.dependents
-    values = x.detach()
+    (values,) = operation.values
 
     def backward(coming: Tensor) -> list[Tensor]:
         return [values * (coming - torch.softmax(values, dim) * coming.sum(dim, keepdim=True))]
 
-    return passed(backward, operation.run(), [x])
+    return passed(backward, operation.run(), operation.dependents)
 
 
 _FIXED: dict[Kind, Callable[[Operation], Any]] = {
