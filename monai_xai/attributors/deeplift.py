@@ -139,10 +139,22 @@ class _Remember(_TwoPoints):
         with torch.no_grad():
             result = operation.run()
         values, *rest = result if isinstance(result, tuple) else (result,)
-        self.memory.append(_Moment(operation.name, str(operation), operation.values, values))
-        # A copy is no leaf, so that the network may go on to work on it in place.
-        values = values.detach().requires_grad_().clone()
+        self._remember(operation, operation.values, values)
+        values = passed(lambda coming: [None], values, [torch.zeros((), requires_grad=True)])
         return (values, *rest) if rest else values
+
+    def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
+        """Let activations work in place: nothing is passed back through this pass."""
+        if operation.kind is not Kind.ACTIVATION or operation.arguments[0] is not written:
+            return super().handle_in_place(operation, written)
+        before = written.detach().clone()
+        with torch.no_grad():
+            operation.run()
+        self._remember(operation, [before], written)
+        return written
+
+    def _remember(self, operation: Operation, given: list[Tensor], result: Tensor) -> None:
+        self.memory.append(_Moment(operation.name, str(operation), given, operation.kept.keep(result)))
 
 
 class _Compare(_TwoPoints):
@@ -226,8 +238,11 @@ def _activation(pair: _Pair) -> Backward:
     change = x - b
     if (
         pair.operation.name == "relu"
-    ):  # no digits are lost: of two points on one side, the difference stays or is 0
-        steps = torch.where(change == 0, (x > 0).to(x), (pair.output - pair.baseline_output) / change)
+    ):  # loses no digits: of two points on one side, the difference stays or is 0
+        steps = (pair.output - pair.baseline_output).div_(change)
+        is_same = change == 0
+        if is_same.any():
+            steps = torch.where(is_same, (x > 0).to(x), steps)
         return lambda coming: [coming * steps]
     is_same = change.abs() <= 8 * torch.finfo(x.dtype).eps * (x.abs() + b.abs())
     secant = (pair.output - pair.baseline_output) / torch.where(is_same, 1, change)
