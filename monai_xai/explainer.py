@@ -16,12 +16,13 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from monai_xai.attributors import Attribution, Attributor
-from monai_xai.attributors.base import add_up, sum_over
+from monai_xai.attributors.base import add_up
+from monai_xai.attributors.choosing import attribute_from_first
 from monai_xai.baselines import Auto
 from monai_xai.calls import CallForm, ReplayedInferer
 from monai_xai.clock import Clock
 from monai_xai.errors import AttributionError, InputError, XaiError
-from monai_xai.explanation import Explanation, relative_gap
+from monai_xai.explanation import Explanation
 from monai_xai.features import Features
 from monai_xai.forward import Scoring, guard
 from monai_xai.ranks import Crew, agree, in_step, meet, numbers_of, world_size
@@ -197,7 +198,7 @@ class Explainer:
             },
             score=attribution.score,
             baseline_score=attribution.baseline_score,
-            delta=_delta(attribution) if self.attributor.complete else None,
+            delta=attribution.delta if self.attributor.complete else None,
             seconds=time.perf_counter() - start,
             method=str(self.attributor),
             target=str(target),
@@ -248,7 +249,7 @@ class Explainer:
 
     def _is_too_coarse(self, attribution: Attribution) -> bool:
         """Tell, with a warning, whether a map of lower precision does not add up."""
-        gap = _gap(attribution)
+        gap = attribution.gap
         if gap <= self.tolerated_gap:
             return False
         warnings.warn(
@@ -264,17 +265,9 @@ class Explainer:
         if not isinstance(baseline, Auto) or not attributor.complete:
             return self._run(attributor, scoring)
         wanted = min(self.tolerated_gap, attributor.wanted_gap)
-        best: tuple[float, Attribution] | None = None
-        for candidate in baseline.candidates:
-            found = self._run(replace(attributor, baseline=candidate), scoring)  # type: ignore[call-arg]
-            found = replace(found, facts={**found.facts, "baseline": str(candidate)})
-            gap = _gap(found)
-            if best is None or gap < best[0]:
-                best = gap, found
-            if gap <= wanted or scoring.clock.is_cut:
-                break
-        assert best is not None
-        return best[1]
+        return attribute_from_first(
+            attributor, wanted, scoring.clock, lambda method: self._run(method, scoring)
+        )
 
     def _run(self, attributor: Attributor, scoring: Scoring) -> Attribution:
         """Return what a method gives, from this process or from all that share the work."""
@@ -365,7 +358,7 @@ class Explainer:
         tried = []
         for other in self.attributor.remedies():
             try:
-                gap = _gap(other.attribute(scoring))
+                gap = other.attribute(scoring).gap
             except XaiError:
                 continue  # a baseline that does not fit these inputs
             tried.append(f"{_difference(self.attributor, other)} leaves {gap:.1%}")
@@ -378,21 +371,10 @@ _QUICK = 30.0
 """Seconds of an attribution up to which a warning is worth some more of them."""
 
 
-def _gap(attribution: Attribution) -> float:
-    """Return the largest relative gap of a batch."""
-    assert attribution.baseline_score is not None
-    return float(relative_gap(_delta(attribution), attribution.score, attribution.baseline_score).max())
-
-
 def _difference(one: Attributor, other: Attributor) -> str:
     """Name the settings in which two of a kind differ."""
     pairs = ((f.name, getattr(one, f.name), getattr(other, f.name)) for f in fields(other))
     return ", ".join(f"{name}={new}" for name, old, new in pairs if str(old) != str(new))
-
-
-def _delta(attribution: Attribution) -> Tensor:
-    assert attribution.baseline_score is not None
-    return sum_over(attribution.maps.values()) - (attribution.score - attribution.baseline_score)
 
 
 def _digest(scoring: Scoring) -> str:

@@ -43,7 +43,10 @@ from monai_xai import (
     Samples,
     UnsupportedNetworkError,
 )
+from monai_xai.attributors import Attribution
+from monai_xai.attributors.choosing import attribute_from_first
 from monai_xai.baselines import draw_baselines
+from monai_xai.clock import Clock
 
 BOX = Box((3, 2), (14, 9))
 
@@ -592,6 +595,33 @@ def test_an_automatic_baseline_is_the_first_from_which_the_method_adds_up_and_is
     assert Explainer(target, DeepLift(baseline="auto"))(network, x).facts["baseline"] == str(Blur())
     with pytest.raises(InputError, match="name a baseline"):
         Explainer(target, FeatureAblation(baseline="auto"))(network, x)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "tried", "taken"),
+    [
+        ({(0.0, 255): 0.5, (1.0, 255): 0.01}, [(0.0, 255), (1.0, 255)], 1.0),
+        ({(0.0, 255): 0.5, (1.0, 255): 0.2, (1.0, 999): 0.01}, [(0.0, 255), (1.0, 255), (1.0, 999)], 1.0),
+        (
+            {(0.0, 255): 0.5, (1.0, 255): 0.2, (1.0, 999): 0.1, (0.0, 999): 0.3},
+            [(0.0, 255), (1.0, 255), (1.0, 999), (0.0, 999)],
+            1.0,
+        ),
+    ],
+    ids=["with few steps", "the nearest with all", "none"],
+)
+def test_many_steps_are_spent_on_the_candidate_that_came_nearest(gaps, tried, taken):
+    runs = []
+
+    def run(method):
+        runs.append((method.baseline.value, method.max_steps))
+        return Attribution({"image": torch.tensor([[1 + gaps[runs[-1]]]])}, torch.ones(1), torch.zeros(1))
+
+    method = IntegratedGradients(baseline=Auto((Constant(0.0), Constant(1.0))), max_steps=999)
+    found = attribute_from_first(method, 0.05, Clock(), run)
+    assert runs == tried
+    assert found.facts["baseline"] == str(Constant(taken))
+    assert found.gap == pytest.approx(min(gaps.values()), rel=1e-4)
 
 
 def test_a_region_above_the_threshold_of_otsu_is_frozen():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monai_xai.baselines import Auto, Baseline, BaselineLike, as_baseline
 from monai_xai.errors import InputError, UnsupportedInfererError
+from monai_xai.explanation import relative_gap
 from monai_xai.forward import Scoring
 from monai_xai.spelling import Spelled
 from monai_xai.terms import Tensors
@@ -32,6 +33,18 @@ class Attribution:
     score: Tensor
     baseline_score: Tensor | None = None
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> Tensor:
+        """By how much the maps miss the change of the score, shape (N,)."""
+        assert self.baseline_score is not None
+        return sum_over(self.maps.values()) - (self.score - self.baseline_score)
+
+    @property
+    def gap(self) -> float:
+        """The same relative to the change of the score, the largest of the batch."""
+        assert self.baseline_score is not None
+        return float(relative_gap(self.delta, self.score, self.baseline_score).max())
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,10 @@ class Attributor(Spelled, ABC):
 
     def coarser(self, gap: float) -> Attributor:
         """Return the method for a network of few digits, content with this relative gap; others are as they are."""
+        return self
+
+    def briefly(self) -> Attributor:
+        """Return the method with few steps, as it is tried from one of several baselines; itself if it has no more."""
         return self
 
 

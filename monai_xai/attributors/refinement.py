@@ -27,6 +27,7 @@ PIECES_KEPT = 16
 _LEAST_KEPT, _MOST_KEPT = 4, 128  # pieces
 _HELD_GIB, _FREELY_HELD_GIB = 1.0, 1 / 16  # by up to PIECES_KEPT pieces, and by more
 _TOLERANCE = 0.01  # if nothing is said
+_BRIEF_STEPS = 255  # of one try among several
 _COARSE_STEPS = 31  # of a network of few digits: more would follow its rounding
 _CANCELLATION = 4.0  # how much larger than the allowed gap the gaps of all pieces may be together
 
@@ -99,6 +100,11 @@ class PathAttributor(BaselineAttributor):
         return replace(
             self, tolerance=max(self.wanted_gap, gap), max_steps=min(self.max_steps, _COARSE_STEPS)
         )  # type: ignore[call-arg]
+
+    def briefly(self) -> Attributor:
+        if not self.is_adaptive or self.max_steps <= _BRIEF_STEPS:
+            return self
+        return replace(self, max_steps=max(_BRIEF_STEPS, self.n_steps or 0))  # type: ignore[call-arg]
 
     def allowed(self, scoring: Scoring, score: Tensor, change: Tensor) -> Tensor:
         """Return the gap that each sample may have.
