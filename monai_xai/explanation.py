@@ -71,6 +71,19 @@ class Explanation:
             return None
         return relative_gap(self.delta, self.score, self.baseline_score)
 
+    def beyond_rounding(self, name: str) -> Tensor:
+        """Return the map of an input as it is read and drawn: zeros where all of it is rounding beside other inputs.
+
+        A color scale of its own would make a pattern of what is left of an input that the network does not use.
+        """
+        values = self.attributions[name]
+        if not self.summable:
+            return values
+        size, *others = (
+            float(v.abs().sum(dtype=torch.double)) for v in (values, *self.attributions.values())
+        )
+        return torch.zeros_like(values) if size <= _NOTHING * sum(others) else values
+
     def contributions(self) -> dict[str, Tensor]:
         """Return the signed sum of each channel, in units of the score, by input name: shape (N, C) or (N, F).
 
@@ -83,6 +96,9 @@ class Explanation:
             name: (values.sum(tuple(range(2, values.ndim))) if values.ndim > 2 else values)
             for name, values in self.attributions.items()
         }
+
+
+_NOTHING = 1e-6  # share of all absolute attributions: what single precision leaves
 
 
 def relative_gap(delta: Tensor, score: Tensor, baseline_score: Tensor) -> Tensor:

@@ -368,7 +368,7 @@ def test_odd_maps_are_drawn_and_named(draw: Callable[[Scene], Figure]) -> None:
     broken[0, :2] = np.nan
     empty = np.zeros(SHAPE, bool)
     for changes, note in (
-        ({"attribution": np.zeros((2, *SHAPE))}, "The attribution is 0 everywhere."),
+        ({"attribution": np.zeros((2, *SHAPE))}, "The attribution is 0 everywhere, to rounding."),
         ({"attribution": np.full((2, *SHAPE), 3.0)}, "The attribution is constant: 3."),
         ({"attribution": broken}, f"{2 * 24 * 16} of {2 * 20 * 24 * 16} attributions are not finite"),
         ({"attribution": np.full((2, *SHAPE), np.nan)}, "not finite"),

@@ -309,7 +309,7 @@ def test_why_nothing_can_be_said_of_the_outside():
     everywhere = dict.fromkeys(REGIONS, torch.ones_like(BODY))
     for attributor, options, why in (
         (GRADIENTS, {"within": everywhere}, "The body fills the image, and there are no confounders."),
-        (Against(), {}, "Nothing in the maps speaks for the score, and there are no confounders."),
+        (Against(), {}, "Nothing on the grid of 'image' speaks for the score, and there are no confounders."),
         (
             GRADIENTS,
             {"within": everywhere, "confounders": {"all": everywhere}},

@@ -247,6 +247,24 @@ def test_modalities_have_a_waterfall_interactions_and_curves(tmp_path: Path) -> 
     ]
 
 
+def test_modalities_that_add_up_have_no_interaction_to_name() -> None:
+    found = modalities_of_a_patient().explanations["modalities"]
+    alone = replace(found, interactions={name: pairs * 1e-8 for name, pairs in found.interactions.items()})
+    for explanation, said in ((found, "largest interaction: "), (alone, "no interaction: ")):
+        figure = dict(figures_of_modalities(explanation, "p1"))["air/waterfall"]
+        assert [text.get_text() for text in figure.texts if said in text.get_text()]
+
+
+def test_what_rounding_leaves_of_an_unused_input_is_not_drawn() -> None:
+    found = explanation()
+    unused = found.attributions | {"image": found.attributions["image"] * 1e-8}
+    for given, is_drawn in ((found, True), (replace(found, attributions=unused), False)):
+        scene = scene_of(explained(explanations={"ig": given}), "ig", "image", multilabel=False)
+        assert bool(scene.attribution.any()) is is_drawn
+    gradients = replace(found, attributions=unused, summable=False)  # in units that cannot be compared
+    assert gradients.beyond_rounding("image").any()
+
+
 def test_clinical_variables_stand_with_value_unit_and_range_and_lead_to_the_score() -> None:
     found = modalities_of_a_patient().explanations["modalities"]
     steps = waterfall_steps(found, "air")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from monai_xai.errors import InputError
 from monai_xai.figures.colors import FAINT_INK, INK, NEGATIVE, POSITIVE
-from monai_xai.figures.sheet import EDGE, LINE, SMALL, format_ticks, letters_in, write_title
+from monai_xai.figures.sheet import EDGE, LINE, SMALL, format_ticks, letters_in, signed, write_title
 
 MOST_BARS = 30
 BAR = 0.26
@@ -95,11 +95,12 @@ def _left_out(values: NDArray[Any], kept: NDArray[np.intp], shares: bool) -> lis
     others = np.delete(values, kept)
     if not others.size:
         return []
-    total = f" with a sum of {others.sum():+.3g}" if shares else ""
+    total = f" with a sum of {signed(others.sum())}" if shares else ""
     return [f"The {len(kept)} largest of {len(values)}; {len(others)} others{total} are not drawn."]
 
 
 def _number_words(value: float, total: float) -> str:
     if not np.isfinite(value):
         return "not finite"
-    return f"{value:+.3g}" + (f"  ({abs(value) / total:.0%})" if total else "")
+    is_rounding = abs(value) <= 1e-6 * total
+    return signed(0.0 if is_rounding else value) + (f"  ({abs(value) / total:.0%})" if total else "")

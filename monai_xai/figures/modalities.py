@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from monai_xai.errors import InputError
 from monai_xai.figures.colors import BAR_NEGATIVE, BAR_POSITIVE, FAINT_INK, INK, NEGATIVE, PAPER, POSITIVE
-from monai_xai.figures.sheet import EDGE, LINE, SMALL, Sheet, format_ticks, letters_in, write_title
+from monai_xai.figures.sheet import EDGE, LINE, SMALL, Sheet, format_ticks, letters_in, signed, write_title
 
 ROW = 0.3
 PLOT = 4.2
@@ -90,7 +90,7 @@ def draw_waterfall(
             axes.errorbar(right, row, xerr=step.error, color=INK, elinewidth=1, capsize=2)
         if not step.is_part:
             axes.plot([right, right], [row, row + 1], color=FAINT_INK, linewidth=0.6, linestyle=":")
-        words = f"{step.value:+.3g}" + (f" ± {step.error:.1g}" if step.error else "")
+        words = signed(step.value) + (f" ± {step.error:.1g}" if step.error else "")
         sheet.text(
             EDGE + margin + PLOT + 0.12,
             top + ROW * (row + 0.5),
@@ -163,7 +163,7 @@ def draw_interactions(
             sheet.text(
                 EDGE + margin + CELL * (j + 0.5),
                 middle,
-                f"{table[i, j]:+.2g}",
+                signed(table[i, j], 2),
                 va="center",
                 ha="center",
                 **style,
@@ -224,7 +224,9 @@ def draw_cohort(
 
 
 def _mean_words(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.3g}" + (f"  [{low:+.2g}, {high:+.2g}]" if np.isfinite([low, high]).all() else "")
+    return signed(mean) + (
+        f"  [{signed(low, 2)}, {signed(high, 2)}]" if np.isfinite([low, high]).all() else ""
+    )
 
 
 def _open(

@@ -278,7 +278,7 @@ class Scene:
         if broken:
             yield f"{broken} of {self.attribution.size} attributions are not finite: left clear."
         if not self.largest:
-            yield "The attribution is 0 everywhere."
+            yield "The attribution is 0 everywhere, to rounding."
         elif not broken and np.ptp(self.attribution) == 0:
             yield f"The attribution is constant: {float(self.attribution.flat[0]):.3g}."
         if not np.isfinite(self.image).all():

@@ -86,13 +86,18 @@ def letters_in(inches: float) -> int:
     return max(8, int(inches * DPI / 6.2))
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """Return a number with its sign; 0 has none."""
+    return f"{value:+.{digits}g}" if value else "0"
+
+
 def format_ticks(ticks: NDArray[np.float64]) -> tuple[list[str], str]:
     """Return signed numbers of two digits and, for the name of the axis, the power of ten that was taken out."""
     largest = float(np.abs(ticks).max())
     power = int(np.floor(np.log10(largest))) if largest else 0
     power = 0 if -2 <= power <= 2 else power
     factor = f", in 10{str(power).translate(SUPERSCRIPTS)}" if power else ""
-    return [f"{tick / 10.0**power:+.2g}" if tick else "0" for tick in ticks], factor
+    return [signed(tick / 10.0**power, 2) for tick in ticks], factor
 
 
 def rasterize(figure: Figure) -> NDArray[np.uint8]:

@@ -399,8 +399,9 @@ def _decide_modalities(
     facts += "" if math.isnan(focus) else f" MSFI {focus:.2f}."
     low = test.interval[0]
     if collapsed:
-        little = f"less than {percent(settings.collapse)}: the model hardly uses them"
-        missed = f"{', '.join(collapsed)} contribute {little}. {facts}"
+        alone = len(collapsed) == 1
+        little = f"less than {percent(settings.collapse)}: the model hardly uses {'it' if alone else 'them'}"
+        missed = f"{', '.join(collapsed)} {'contributes' if alone else 'contribute'} {little}. {facts}"
         return Draft(said(test, missed), settled="FAIL")
     if residual > settings.residual:
         return Draft(

@@ -43,7 +43,8 @@ def judge_shortcuts(
     )  # fmt: skip
     if math.isnan(share) and not on:
         full = all(reached(e).all() for e in cohort.cases)
-        why = "The body fills the image" if full else "Nothing in the maps speaks for the score"
+        grid = cohort.cases[0].grid
+        why = "The body fills the image" if full else f"Nothing on the grid of {grid!r} speaks for the score"
         rest = "confounders leave no other place to compare" if confounders else "there are no confounders"
         why = f"{why}, and {rest}."
         return unavailable("T10", T10, "Q2", why, supply="a mask of the body (within=...) or confounders")
