@@ -36,8 +36,8 @@ from torch import Tensor
 
 from monai_xai import AttributionEvents, Explainer, UnsupportedBundleError, XaiError
 from monai_xai.bundle_runs import BundleRequest, BundleRun
-from monai_xai.forward import undisturbed
 from monai_xai.handlers import register_events
+from monai_xai.undisturbed import undisturbed
 
 TOLERANCE = 1e-3
 """Relative difference between the map and the finite difference up to which a map is right."""

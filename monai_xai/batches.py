@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_xai.calls import CallForm, RecordingInferer
 from monai_xai.errors import InputError
-from monai_xai.forward import preserved_generators
+from monai_xai.undisturbed import preserved_generators
 
 
 @dataclass(frozen=True, eq=False)

@@ -249,7 +249,7 @@ class Explainer:
 
     def _is_too_coarse(self, attribution: Attribution) -> bool:
         """Tell, with a warning, whether a map of lower precision does not add up."""
-        gap = attribution.gap
+        gap = attribution.largest_gap
         if gap <= self.tolerated_gap:
             return False
         warnings.warn(
@@ -358,7 +358,7 @@ class Explainer:
         tried = []
         for other in self.attributor.remedies():
             try:
-                gap = other.attribute(scoring).gap
+                gap = other.attribute(scoring).largest_gap
             except XaiError:
                 continue  # a baseline that does not fit these inputs
             tried.append(f"{_difference(self.attributor, other)} leaves {gap:.1%}")

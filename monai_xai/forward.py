@@ -8,25 +8,21 @@ sliding-window prediction (:mod:`monai_xai.windows`). A method that works term b
 from __future__ import annotations
 
 import itertools
-import operator
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from monai_xai.baselines import Baseline, draw_baselines
 from monai_xai.calls import EmbeddedInput
 from monai_xai.clock import Clock
-from monai_xai.convolutions import quicken
 from monai_xai.errors import AttributionError, XaiError
 from monai_xai.joined import Asking, JoinedGradients, JoinedScores
-from monai_xai.networks import evaluate, refuse_quantized
+from monai_xai.networks import refuse_quantized
 from monai_xai.ranks import Crew
 from monai_xai.terms import Tensors, Term
 from monai_xai.trials import Trial
@@ -292,138 +288,3 @@ def guard(where: str, inputs: Sequence[Tensor]) -> Iterator[None]:
         raise AttributionError(
             f"{where} failed on inputs {[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
         ) from error
-
-
-@contextmanager
-def undisturbed(network: nn.Module) -> Iterator[None]:
-    """Explain inside this block, and find network and generators afterwards as they were before, bit for bit.
-
-    Inside, the network is in evaluation mode, its parameters are constants, autograd is on, autocast and inference mode
-    are off, compiled parts run as they were written, and small volumes are convolved by oneDNN
-    (:mod:`monai_xai.convolutions`). Afterwards every submodule has its own train or eval flag, hooks, attributes and
-    buffers again, parameters their ``requires_grad``, and the generators of torch, NumPy and Python their state; also
-    after an exception. ``.grad`` is never touched. A network that writes in its forward pass to its parameters, or into
-    containers within containers, is beyond it.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(preserved_generators())
-        modules = list(network.modules())
-        snapshots = [_Snapshot(module) for module in modules]
-        stack.callback(_Values(tensor for snapshot in snapshots for tensor in snapshot.tensors).restore)
-        stack.callback(_restore, snapshots)
-        for module in modules:
-            quicken(module)
-        parameters = list(network.parameters())
-        stack.callback(_require_grad, parameters, [parameter.requires_grad for parameter in parameters])
-        _require_grad(parameters, [False] * len(parameters))
-        if any(module.training for module in modules):
-            evaluate(network)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in {"cpu", *(p.device.type for p in parameters)}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Leave the random generators of torch, NumPy and Python as they were, whatever is drawn inside."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-_UNALTERABLE = frozenset({bool, int, float, str, tuple, type(None)})
-_FEW = 4096  # values of a tensor up to which it is looked at together with others
-
-
-class _Snapshot:
-    """A module as it is now but for the values of its tensors, without a look at parts that hold nothing.
-
-    Attributes:
-        tensors: its buffers, and the tensors among its attributes.
-    """
-
-    __slots__ = ("attributes", "empty", "filled", "module", "tensors", "training")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.training, self.attributes = module, module.training, vars(module).copy()
-        self.empty: list[Any] = []  # most containers are, so that they are not copied
-        self.filled: list[tuple[Any, Any]] = []
-        self.tensors = [buffer for buffer in module._buffers.values() if buffer is not None]
-        for value in self.attributes.values():
-            if type(value) in _UNALTERABLE:
-                continue
-            if isinstance(value, dict | list | set):
-                if value:
-                    self.filled.append((value, value.copy()))
-                else:
-                    self.empty.append(value)
-            elif isinstance(value, Tensor):
-                self.tensors.append(value)
-
-    def restore(self) -> None:
-        """Give the module its attributes again, and what was in their containers."""
-        own, before = vars(self.module), self.attributes
-        if [*own] != [*before] or not all(map(operator.is_, own.values(), before.values())):
-            own.clear()
-            own.update(before)
-        if self.module.training != self.training:  # modules of TorchScript keep the flag elsewhere
-            self.module.training = self.training
-        for container in filter(None, self.empty):
-            container.clear()
-        for container, content in self.filled:
-            _refill(container, content)
-
-
-def _restore(snapshots: Sequence[_Snapshot]) -> None:
-    for snapshot in snapshots:
-        snapshot.restore()
-
-
-def _require_grad(parameters: Sequence[nn.Parameter], flags: Sequence[bool]) -> None:
-    for parameter, flag in zip(parameters, flags, strict=True):
-        parameter.requires_grad_(flag)
-
-
-class _Values:
-    """Tensors as they are now. Small ones lie side by side, so that one look tells whether any has changed."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        groups: dict[Any, list[Tensor]] = {}
-        for number, tensor in enumerate(tensors):
-            is_small = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.numel() <= _FEW
-            groups.setdefault((tensor.dtype, tensor.device) if is_small else number, []).append(tensor)
-        self.groups = [(group, self._copy(group)) for group in groups.values()]
-
-    @staticmethod
-    def _copy(tensors: Sequence[Tensor]) -> Tensor:
-        if len(tensors) == 1:
-            return tensors[0].detach().clone()
-        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-    def restore(self) -> None:
-        """Write back what has changed, bit for bit."""
-        for tensors, before in self.groups:
-            if torch.equal(tensors[0] if len(tensors) == 1 else self._copy(tensors), before):
-                continue
-            parts = before.split([x.numel() for x in tensors]) if len(tensors) > 1 else [before]
-            with torch.no_grad():
-                for tensor, part in zip(tensors, parts, strict=True):
-                    tensor.copy_(part.reshape(tensor.shape))
-
-
-def _refill(container: dict[Any, Any] | list[Any] | set[Any], content: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)

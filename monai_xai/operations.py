@@ -14,7 +14,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -132,14 +132,19 @@ class Kept:
     def keep(self, x: Tensor) -> Tensor:
         """Return a tensor without its graph, which shares memory with it until the network writes there."""
         kept = x.detach()
-        self._by_storage.setdefault(x.untyped_storage().data_ptr(), []).append(weakref.ref(kept))
+        self._by_storage.setdefault(_memory(x), []).append(weakref.ref(kept))
         return kept
 
     def part_from(self, written: Tensor) -> None:
         """Give what is kept of a tensor memory of its own."""
-        for reference in self._by_storage.pop(written.untyped_storage().data_ptr(), ()):
+        for reference in self._by_storage.pop(_memory(written), ()):
             if (kept := reference()) is not None:
                 kept.data = kept.clone()
+
+
+def _memory(x: Tensor) -> int:
+    """Return what tells whose memory a tensor lies in."""
+    return x.untyped_storage().data_ptr() if x.layout is torch.strided else id(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +164,8 @@ class Operation:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     options: Mapping[str, Any]
-    place: str = ""
-    kept: Kept = field(default_factory=Kept)
+    place: str
+    kept: Kept
 
     @cached_property
     def dependents(self) -> list[Tensor]:
@@ -169,7 +174,7 @@ class Operation:
 
     @cached_property
     def values(self) -> list[Tensor]:
-        """The dependents without their graph, as they are now, whatever is written to them later."""
+        """The dependents without their graph, as they are when first asked for, whatever is written to them later."""
         return [self.kept.keep(x) for x in self.dependents]
 
     @cached_property
@@ -233,6 +238,11 @@ class Operation:
         arguments, options = _map((self.arguments, dict(self.options)), lambda x: next(fresh))
         return replace(self, arguments=arguments, options=options)
 
+    def held(self) -> Operation:
+        """Return the same call, to be made again later: whatever is written to its constants before."""
+        arguments, options = _map((self.arguments, dict(self.options)), self.kept.keep, constants=True)
+        return replace(self, arguments=arguments, options=options)
+
     def __str__(self) -> str:
         return f"{self.name}{f' in {self.place!r}' if self.place else ''}"
 
@@ -282,13 +292,15 @@ class Watch(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         spelled = getattr(func, "__name__", "")
-        if spelled in _QUERIES or not _depends((args, kwargs)):
+        if spelled in _QUERIES:
+            return func(*args, **kwargs)
+        written = _written_in_place(spelled, args, kwargs)
+        if written is not None or spelled == "__setitem__":
+            self.kept.part_from(args[0] if written is None else written)
+        if not _depends((args, kwargs)):
             return func(*args, **kwargs)
         name = _name_of(func, spelled)
         operation = Operation(name, func, args, kwargs, self.place, self.kept)
-        written = _written_in_place(spelled, args, kwargs)
-        if written is not None or name == "setitem":
-            self.kept.part_from(args[0])
         if name in _WITHOUT_GRADIENT or not torch.is_grad_enabled():
             return self.lose(operation, _map(operation.run(), Tensor.detach))
         if name in ROUTES and name not in self.routes:
@@ -353,8 +365,8 @@ def _written_in_place(spelled: str, arguments: tuple[Any, ...], options: Mapping
     by_operator = spelled.startswith("__i") and spelled.strip("_") in _KEEPS_MEANING
     if not (by_name or by_operator or options.get("inplace")):
         return None
-    assert isinstance(arguments[0], Tensor)
-    return arguments[0]
+    written = arguments[0] if arguments else options.get("input", options.get("self"))
+    return written if isinstance(written, Tensor) else None
 
 
 def trace(term: Term, inputs: Sequence[Tensor], watch: Watch) -> tuple[Tensor, list[Tensor]]:
@@ -651,12 +663,18 @@ def _dependents(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested arguments, each tensor that depends on the input changed, in the order of :func:`_dependents`."""
+def _map(value: Any, change: Callable[[Tensor], Tensor], *, constants: bool = False) -> Any:
+    """Return nested arguments, each tensor that depends on the input changed, in the order of :func:`_dependents`.
+
+    Args:
+        value: the arguments.
+        change: what is done to a tensor.
+        constants: whether it is done to the tensors that do not depend on the input instead.
+    """
     if isinstance(value, Tensor):
-        return change(value) if value.requires_grad else value
+        return value if value.requires_grad is constants else change(value)
     if isinstance(value, tuple | list):
-        return type(value)([_map(item, change) for item in value])
+        return type(value)([_map(item, change, constants=constants) for item in value])
     if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
+        return {key: _map(item, change, constants=constants) for key, item in value.items()}
     return value

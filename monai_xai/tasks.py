@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from monai_xai.calls import CalledNetwork, CallForm, ReplayedInferer, find_embeddings
 from monai_xai.errors import AttributionError, InputError
 from monai_xai.explanation import is_place
-from monai_xai.forward import Scoring, guard, undisturbed
+from monai_xai.forward import Scoring, guard
 from monai_xai.grids import Case
 from monai_xai.joined import JoinedGradients, JoinedScores
 from monai_xai.networks import require_module
@@ -24,6 +24,7 @@ from monai_xai.regions import Needs, Region
 from monai_xai.stitching import StitchedNetwork, StitchedTerm
 from monai_xai.targets import FunctionTarget, Target
 from monai_xai.terms import InfererNetwork, ScoreFunction, Tensors, WholeTerm, count_not_finite
+from monai_xai.undisturbed import undisturbed
 from monai_xai.windows import is_sliding_window, output_channels, plan_windows, window_scoring
 
 Inputs = Tensor | Mapping[str, Tensor]

@@ -26,7 +26,7 @@ from monai_xai import (
     Saliency,
 )
 from monai_xai.convolutions import conv3d
-from monai_xai.forward import undisturbed
+from monai_xai.undisturbed import undisturbed
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"

@@ -384,6 +384,7 @@ class Written(nn.Module):
         )
         nn.init.normal_(self.norm.running_mean)
         nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        self.register_buffer("padded", torch.zeros(1, 3, 10, 10))
         self.form, self.in_place = form, in_place
 
     def forward(self, x):
@@ -409,6 +410,38 @@ def _part_then_set(net, h, in_place):
     return gate * 3 + torch.tanh(h)
 
 
+def _product_then_data(net, h, in_place):
+    product = h * torch.sigmoid(h.flip(3))
+    if in_place:
+        h.data.mul_(2)
+        return product + h
+    return product + h * 2
+
+
+def _constant_then_zeroed(net, h, in_place):
+    mask = torch.linspace(0, 1, h.shape[-1], dtype=h.dtype).expand_as(h).clone()
+    weighted = h * mask
+    if in_place:
+        mask.zero_()
+    return weighted
+
+
+def _constant_divided(net, h, in_place):
+    one = torch.ones_like(h)
+    gate = h.square() + 1
+    return (one.div_(gate) if in_place else one / gate) + h
+
+
+def _written_into_a_buffer(net, h, in_place):
+    h = torch.sigmoid(h)
+    if in_place:
+        net.padded[:, :, 1:-1, 1:-1] = h
+        h = net.padded
+    else:
+        h = functional.pad(h, (1, 1, 1, 1))
+    return torch.tanh(functional.avg_pool2d(h, 3, 1)) * 2
+
+
 def _added_before_norm(net, h, in_place):
     skip = h.flip(2)
     h = net.first(h[:, :1])
@@ -428,10 +461,20 @@ WRITTEN = {
         functional.max_pool2d(h, 2).mul_(-2) if in_place else functional.max_pool2d(h, 2) * -2
     ),
     "convolution, sum, norm": _added_before_norm,
+    "constant, divided": _constant_divided,
+    "buffer": _written_into_a_buffer,
+    "by keyword": lambda net, h, in_place: torch.relu_(input=h) if in_place else torch.relu(h),
 }
 
 
-@pytest.mark.parametrize("form", WRITTEN)
+UNSEEN = {
+    "data": _product_then_data,
+    "constant": _constant_then_zeroed,
+}  # which autograd does not see, or refuses
+WRITTEN |= UNSEEN
+
+
+@pytest.mark.parametrize("form", [form for form in WRITTEN if form not in UNSEEN])
 @pytest.mark.parametrize("method", [LRP(), LRP(addition="signed"), DeepLift(Constant(0.0))], ids=str)
 def test_what_a_network_writes_later_changes_no_rule(method, form):
     x = random_image(1, 1, 8, 8)
@@ -441,6 +484,18 @@ def test_what_a_network_writes_later_changes_no_rule(method, form):
     )
     torch.testing.assert_close(found.score, wanted.score, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.attributions["image"], wanted.attributions["image"], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", UNSEEN)
+def test_what_a_network_writes_past_autograd_changes_no_relevance(form):
+    x = random_image(1, 1, 8, 8)
+    found, wanted = (
+        Explainer(OutputScore(1), LRP(), progress=False)(Written(form, in_place).double().eval(), x)
+        for in_place in (True, False)
+    )
+    torch.testing.assert_close(
+        found.attributions["image"], wanted.attributions["image"], rtol=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("act", [Swish(), Mish()], ids=["swish", "mish"])

@@ -41,7 +41,7 @@ class Attribution:
         return sum_over(self.maps.values()) - (self.score - self.baseline_score)
 
     @property
-    def gap(self) -> float:
+    def largest_gap(self) -> float:
         """The same relative to the change of the score, the largest of the batch."""
         assert self.baseline_score is not None
         return float(relative_gap(self.delta, self.score, self.baseline_score).max())
@@ -108,7 +108,7 @@ class Attributor(Spelled, ABC):
         return self
 
     def briefly(self) -> Attributor:
-        """Return the method with few steps, as it is tried from one of several baselines; itself if it has no more."""
+        """Return the method with few steps, as it is tried from each of several baselines; itself if all are few."""
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ def attribute_from_first(
         attribution = run(method)
         facts = {**attribution.facts, "baseline": str(method.baseline)}  # type: ignore[attr-defined]
         found.append(replace(attribution, facts=facts))
-        return found[-1].gap <= wanted or clock.is_cut
+        return found[-1].largest_gap <= wanted or clock.is_cut
 
     auto = attributor.baseline  # type: ignore[attr-defined]
     assert isinstance(auto, Auto)
@@ -43,7 +44,13 @@ def attribute_from_first(
         if ends_with(method.briefly()):
             break
     else:
-        for method, _ in sorted(zip(methods, found, strict=True), key=lambda pair: pair[1].gap):
+        for method, _ in sorted(zip(methods, found, strict=True), key=lambda pair: _size(pair[1])):
             if method.briefly() is not method and ends_with(method):
                 break
-    return min(found, key=lambda attribution: attribution.gap)
+    return min(found, key=_size)
+
+
+def _size(attribution: Attribution) -> float:
+    """Return the gap by which attributions are compared: one that is not finite is the worst."""
+    gap = attribution.largest_gap
+    return gap if math.isfinite(gap) else math.inf

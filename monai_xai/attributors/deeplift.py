@@ -145,7 +145,7 @@ class _Remember(_TwoPoints):
 
     def handle_in_place(self, operation: Operation, written: Tensor) -> Any:
         """Let activations work in place: nothing is passed back through this pass."""
-        if operation.kind is not Kind.ACTIVATION or operation.arguments[0] is not written:
+        if operation.kind is not Kind.ACTIVATION or operation.dependents[0] is not written:
             return super().handle_in_place(operation, written)
         before = written.detach().clone()
         with torch.no_grad():
@@ -163,6 +163,7 @@ class _Compare(_TwoPoints):
     def __init__(self, start: _Remember) -> None:
         super().__init__()
         self.start = start
+        self.kept = start.kept  # both passes may write to what one of them keeps
         self.memory = start.memory[::-1]
 
     def nonlinear(self, operation: Operation) -> Any:
@@ -236,9 +237,8 @@ def _activation(pair: _Pair) -> Backward:
     """The secant; where both points are the same to rounding, the derivative."""
     (x,), (b,) = pair.inputs, pair.baselines
     change = x - b
-    if (
-        pair.operation.name == "relu"
-    ):  # loses no digits: of two points on one side, the difference stays or is 0
+    if pair.operation.name == "relu":
+        # No digits are lost: of two points on one side, the difference stays or is 0.
         steps = (pair.output - pair.baseline_output).div_(change)
         is_same = change == 0
         if is_same.any():

@@ -361,7 +361,7 @@ class _Weights(NamedTuple):
 
     @property
     def is_written(self) -> bool:
-        """Whether the network has written to the input or the result since."""
+        """Whether the network has written to the input or the result since, so that the norm is a call of its own."""
         return (self.result._version, self.operation.dependents[0]._version) != self.versions
 
 
@@ -488,11 +488,11 @@ def _by_ratio(operation: Operation) -> Tensor:
 def _in_proportion(operation: Operation, share: float = 1.0) -> Tensor:
     """A call that is linear in its dependents: each gets its part of the result, times a share."""
     values, result = operation.values, operation.run()
-    kept = operation.kept.keep(result)
+    kept, again = operation.kept.keep(result), operation.held()
 
     def backward(coming: Tensor) -> list[Tensor]:
         quotient = coming * share / stabilized(kept, EPSILON)
-        found = pull_back_through(lambda *xs: operation.on(*xs).run(), values, quotient)
+        found = pull_back_through(lambda *xs: again.on(*xs).run(), values, quotient)
         return [x * g for x, g in zip(values, found, strict=True)]
 
     return passed(backward, result, operation.dependents)

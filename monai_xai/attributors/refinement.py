@@ -102,9 +102,10 @@ class PathAttributor(BaselineAttributor):
         )  # type: ignore[call-arg]
 
     def briefly(self) -> Attributor:
-        if not self.is_adaptive or self.max_steps <= _BRIEF_STEPS:
+        few = max(_BRIEF_STEPS, self.n_steps or 0)
+        if not self.is_adaptive or self.max_steps < 2 * few:
             return self
-        return replace(self, max_steps=max(_BRIEF_STEPS, self.n_steps or 0))  # type: ignore[call-arg]
+        return replace(self, max_steps=few)  # type: ignore[call-arg]
 
     def allowed(self, scoring: Scoring, score: Tensor, change: Tensor) -> Tensor:
         """Return the gap that each sample may have.

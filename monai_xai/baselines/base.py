@@ -233,8 +233,8 @@ class Auto(Baseline):
 
     The :class:`~monai_xai.Explainer` tries one after the other, and says in ``facts["baseline"]`` which it took: the
     first whose gap is within its ``tolerated_gap`` and the method's own ``tolerance``, or else the one with the
-    smallest. Where a method may take more than 255 steps, each is tried with so many first; if that is not enough from
-    any, it takes all of them from the one with the smallest gap, and so on. Written ``baseline="auto"``.
+    smallest. Where a method may take many steps (``max_steps`` of 510 and more), each is tried with 255 first; if that
+    is not enough from any, it takes all from the one with the smallest gap, and so on. Written ``baseline="auto"``.
 
     Args:
         candidates: what is tried, in this order.
