@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -200,11 +201,16 @@ def _scan(grid: Grid, signal: Volume, rng: np.random.Generator) -> NDArray[np.in
 
 
 def _write(folder: Path, phantom: Phantom) -> None:
-    rows = []
-    for number in range(1, phantom.n_cases + 1):
+    def write(number: int) -> tuple[int, str]:
         case = make_case(phantom, number)
         _write_case(folder / f"phantom{number:03d}", case)
-        rows.append((number, f"{case.age:.2f}"))
+        return number, f"{case.age:.2f}"
+
+    pool = ThreadPoolExecutor()  # arithmetic on volumes and compression leave the interpreter to others
+    try:
+        rows = list(pool.map(write, range(1, phantom.n_cases + 1)))
+    finally:
+        pool.shutdown(cancel_futures=True)
     with (folder / TABLE_FILE).open("w", newline="") as file:
         csv.writer(file).writerows([("patient_id", "age"), *rows])
     (folder / DESCRIPTION_FILE).write_text(json.dumps(asdict(phantom), indent=2) + "\n")
