@@ -11,6 +11,9 @@ from torch import Tensor
 from monai_xai.errors import InputError
 from monai_xai.features import Features
 
+ROUNDING_SHARE = 1e-6
+"""Share of a whole up to which a part of it is what single precision leaves of nothing."""
+
 
 def rounding(*scores: Tensor) -> Tensor:
     """Return how far scores of this size may be off by rounding alone, shape (N,)."""
@@ -71,18 +74,19 @@ class Explanation:
             return None
         return relative_gap(self.delta, self.score, self.baseline_score)
 
-    def beyond_rounding(self, name: str) -> Tensor:
-        """Return the map of an input as it is read and drawn: zeros where all of it is rounding beside other inputs.
+    def beyond_rounding(self) -> Mapping[str, Tensor]:
+        """Return the maps as they are read and drawn: zeros for an input whose map is rounding beside the others.
 
         A color scale of its own would make a pattern of what is left of an input that the network does not use.
         """
-        values = self.attributions[name]
-        if not self.summable:
-            return values
-        size, *others = (
-            float(v.abs().sum(dtype=torch.double)) for v in (values, *self.attributions.values())
-        )
-        return torch.zeros_like(values) if size <= _NOTHING * sum(others) else values
+        if not self.summable or len(self.attributions) == 1:
+            return self.attributions
+        sizes = {name: float(v.abs().sum(dtype=torch.double)) for name, v in self.attributions.items()}
+        least = ROUNDING_SHARE * sum(sizes.values())
+        return {
+            name: torch.zeros_like(values) if sizes[name] <= least else values
+            for name, values in self.attributions.items()
+        }
 
     def contributions(self) -> dict[str, Tensor]:
         """Return the signed sum of each channel, in units of the score, by input name: shape (N, C) or (N, F).
@@ -96,9 +100,6 @@ class Explanation:
             name: (values.sum(tuple(range(2, values.ndim))) if values.ndim > 2 else values)
             for name, values in self.attributions.items()
         }
-
-
-_NOTHING = 1e-6  # share of all absolute attributions: what single precision leaves
 
 
 def relative_gap(delta: Tensor, score: Tensor, baseline_score: Tensor) -> Tensor:

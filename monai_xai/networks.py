@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,17 @@ def evaluate(network: nn.Module) -> None:
             module.training = False
 
 
-def refuse_scripts(network: nn.Module, reason: str) -> None:
+def refuse_scripts(modules: Iterable[tuple[str, nn.Module]], reason: str) -> None:
     """Refuse a network with parts in TorchScript.
+
+    Args:
+        modules: its ``named_modules()``.
+        reason: what they are in the way of.
 
     Raises:
         UnsupportedNetworkError: naming the first of them.
     """
-    for name, module in network.named_modules():
+    for name, module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             place = f"The submodule {name!r}" if name else "The network"
             raise UnsupportedNetworkError(
@@ -117,7 +121,7 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
             f"{type(network).__name__} has no layer {name!r}. Similar names: {', '.join(near) or 'none'}."
         )
     if isinstance(modules[name], torch.jit.ScriptModule):
-        refuse_scripts(network, "so that nothing is seen of its layers")
+        refuse_scripts(modules.items(), "so that nothing is seen of its layers")
     return modules[name]
 
 
@@ -196,7 +200,7 @@ def choose_layer(network: nn.Module, call: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     if not sizes:
-        refuse_scripts(network, "so that nothing is seen of its layers")
+        refuse_scripts(network.named_modules(), "so that nothing is seen of its layers")
         raise UnsupportedNetworkError(
             f"{type(network).__name__} has no convolution with a spatial output: name the layer, layer='...'. "
             f"{with_grid(network, call)}"

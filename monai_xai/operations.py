@@ -444,9 +444,9 @@ def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
     Raises:
         UnsupportedNetworkError: if the network has parts in TorchScript, of which no watch sees the calls.
     """
-    watch.names = {module: name for name, module in network.named_modules()}
-    if any(isinstance(module, torch.jit.ScriptModule) for module in watch.names):
-        refuse_scripts(network, "which hides the calls that this method changes")
+    named = list(network.named_modules())
+    refuse_scripts(named, "which hides the calls that this method changes")
+    watch.names = {module: name for name, module in named}
     composites = {
         module: composite
         for module in watch.names

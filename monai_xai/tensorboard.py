@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from monai_xai.cohorts import ModalityCohort
 from monai_xai.errors import InputError
-from monai_xai.explanation import Explanation
+from monai_xai.explanation import ROUNDING_SHARE, Explanation
 from monai_xai.figures import (
     Scene,
     Step,
@@ -329,7 +329,7 @@ def _interaction_notes(explanation: ModalityExplanation, baseline: str) -> list[
     if explanation.interactions is None or len(explanation.modalities) < 2:
         return []
     pairs = explanation.interactions[baseline][0]
-    if float(pairs.abs().max()) <= 1e-6 * float(explanation.values[baseline].abs().max()):
+    if float(pairs.abs().max()) <= ROUNDING_SHARE * float(explanation.values[baseline].abs().max()):
         return ["no interaction: together, modalities do what they do alone"]
     i, j = divmod(int(pairs.abs().argmax()), len(explanation.modalities))
     kind = "synergy" if explanation.synergies(baseline)[0, i, j] > 0 else "redundancy"
@@ -421,7 +421,7 @@ def scene_of(explained: ExplainedCase, explainer: str, name: str, *, multilabel:
     """Return what is to be seen of one image input."""
     explanation, image = explained.explanations[explainer], explained.inputs[name]
     assert isinstance(explanation, Explanation)
-    maps = explanation.beyond_rounding(name)
+    maps = explanation.beyond_rounding()[name]
     outlines: dict[str, Any] = {
         kind: _outline(values, maps.shape[2:], multilabel)
         for kind, values in (

@@ -166,9 +166,8 @@ class _Values:
 def _write_back(tensor: Tensor, before: Tensor) -> None:
     if tensor.shape != before.shape or tensor.dtype != before.dtype:
         tensor.data = before
-    elif not _is_same(
-        tensor, before
-    ):  # what is as it was counts no new version, for which autograd would ask
+    elif not _is_same(tensor, before):
+        # A tensor that is as it was gets no new version: a backward pass of the user's may ask for the old one.
         with torch.no_grad():
             tensor.copy_(before)
 

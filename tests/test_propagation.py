@@ -377,11 +377,8 @@ class Written(nn.Module):
     def __init__(self, form, in_place):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.last = (
-            nn.Conv2d(1, 3, 3, padding=1),
-            nn.BatchNorm2d(3),
-            nn.Conv2d(3, 2, 3),
-        )
+        self.first, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 2, 3)
         nn.init.normal_(self.norm.running_mean)
         nn.init.uniform_(self.norm.weight, 0.5, 2.0)
         self.register_buffer("padded", torch.zeros(1, 3, 10, 10))
@@ -467,10 +464,8 @@ WRITTEN = {
 }
 
 
-UNSEEN = {
-    "data": _product_then_data,
-    "constant": _constant_then_zeroed,
-}  # which autograd does not see, or refuses
+# What autograd does not see, or refuses.
+UNSEEN = {"data": _product_then_data, "constant": _constant_then_zeroed}
 WRITTEN |= UNSEEN
 
 

@@ -262,7 +262,7 @@ def test_what_rounding_leaves_of_an_unused_input_is_not_drawn() -> None:
         scene = scene_of(explained(explanations={"ig": given}), "ig", "image", multilabel=False)
         assert bool(scene.attribution.any()) is is_drawn
     gradients = replace(found, attributions=unused, summable=False)  # in units that cannot be compared
-    assert gradients.beyond_rounding("image").any()
+    assert gradients.beyond_rounding()["image"].any()
 
 
 def test_clinical_variables_stand_with_value_unit_and_range_and_lead_to_the_score() -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from monai_xai.errors import InputError
+from monai_xai.explanation import ROUNDING_SHARE
 from monai_xai.figures.colors import FAINT_INK, INK, NEGATIVE, POSITIVE
 from monai_xai.figures.sheet import EDGE, LINE, SMALL, format_ticks, letters_in, signed, write_title
 
@@ -102,5 +103,5 @@ def _left_out(values: NDArray[Any], kept: NDArray[np.intp], shares: bool) -> lis
 def _number_words(value: float, total: float) -> str:
     if not np.isfinite(value):
         return "not finite"
-    is_rounding = abs(value) <= 1e-6 * total
+    is_rounding = abs(value) <= ROUNDING_SHARE * total
     return signed(0.0 if is_rounding else value) + (f"  ({abs(value) / total:.0%})" if total else "")

@@ -241,7 +241,7 @@ def plain_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 def signed_maps(explanation: Explanation) -> dict[str, Tensor]:
     """Return maps by input name as they are read, with what raises the score and what lowers it; rounding is none."""
-    return {name: real(explanation.beyond_rounding(name)) for name in explanation.attributions}
+    return {name: real(values) for name, values in explanation.beyond_rounding().items()}
 
 
 def alike(a: Maps, b: Maps, kind: SimilarityKind = "pearson") -> float:
